@@ -1,0 +1,1 @@
+"""Token files, tokenizers, sources of text, and the batch loader."""

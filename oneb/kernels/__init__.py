@@ -1,0 +1,1 @@
+"""Triton kernels and fused operations, each beside its plain-torch twin."""

@@ -1,0 +1,1 @@
+"""Optimizers with stochastic rounding, and the loss scaler for fp16."""
