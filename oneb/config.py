@@ -1,0 +1,248 @@
+"""What a run is: frozen dataclasses, one for each concern, every field with its unit and its flag.
+
+Names on the command line are the user's (``--layers``), names here are the field's (``n_layers``);
+``option`` is the one place that maps them. ``None`` means "decided later": by ``presets.resolve``
+where other options decide it, by the trainer where the device does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from oneb.schedules import LR_SCHEDULES, Phases
+
+VARIANTS = ("decoupled", "baseline", "gqa", "gqa_kv2", "bottleneck")
+# Tokenizers that a vocabulary implies when the data has no sidecar to say.
+DEMO_DATA = "demo"
+BYTE_VOCAB_SIZE = 257
+GPT2_VOCAB_SIZE = 50257
+
+
+def option(
+    flag: str, help: str, default: Any = None, *, type: type = str, choices: tuple[str, ...] | None = None
+) -> Any:
+    """A dataclass field that is also a command-line option ``flag``; ``type`` is what argparse makes of its text."""
+    return field(default=default, metadata={"flag": flag, "help": help, "type": type, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the transformer. Widths named ``*_dim`` are summed over all query heads.
+
+    One description covers every variant. Each head's query and key have a semantic part without position
+    (``sem_dim``; decoupled only) and a geometric part with RoPE (``geo_dim``); its value has
+    ``attn_dim / n_heads`` entries. Keys and values have ``n_kv_heads`` heads.
+    """
+
+    variant: str = option("--variant", "attention variant", "decoupled", choices=VARIANTS)
+    vocab_size: int = option("--vocab-size", "tokens in the vocabulary", GPT2_VOCAB_SIZE, type=int)
+    d_model: int = option("--d-model", "width of the residual stream", 2048, type=int)
+    n_layers: int = option("--layers", "transformer blocks", 22, type=int)
+    n_heads: int = option("--n-head", "query heads", 32, type=int)
+    n_kv_heads: int = option("--kv-head", "key/value heads; gqa only (default n_heads/4, gqa_kv2: 2)", 32, type=int)
+    d_ff: int = option("--d-ff", "hidden width of the SwiGLU feed-forward", 5632, type=int)
+    max_seq_len: int = option("--block", "longest context, in tokens", 2048, type=int)
+    sem_dim: int = option("--sem-dim", "query/key width without RoPE; decoupled only (default d_model/16)", 128, type=int)
+    geo_dim: int = option("--geo-dim", "query/key width with RoPE; decoupled only (default d_model/8)", 256, type=int)
+    attn_dim: int = option(
+        "--attn-dim", "attention width; bottleneck (default 3/16 d_model), decoupled (sem+geo)", 384, type=int
+    )
+    null_attn: bool = option("--null-attn", "let every query also attend to one learned null key/value", False, type=bool)
+    tie_qk: bool = option("--tie-qk", "one projection for queries and keys", False, type=bool)
+    rope: bool = option("--rope", "rotary position embedding on the geometric part", True, type=bool)
+    learned_temp: bool = option("--learned-temp", "learned temperature exp(s) for each head's scores", True, type=bool)
+
+    @property
+    def sem_head_dim(self) -> int:
+        """Query/key entries a head without position."""
+        return self.sem_dim // self.n_heads
+
+    @property
+    def geo_head_dim(self) -> int:
+        """Query/key entries a head with RoPE."""
+        return self.geo_dim // self.n_heads
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Query/key entries a head."""
+        return self.sem_head_dim + self.geo_head_dim
+
+    @property
+    def v_head_dim(self) -> int:
+        """Value entries a head."""
+        return self.attn_dim // self.n_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding as stored: a multiple of 128, so that the head's GEMM tiles are whole."""
+        return -(-self.vocab_size // 128) * 128
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and the learning rate over the run."""
+
+    optimizer: str = option("--optimizer", "optimizer", "lion", choices=("lion", "adamw"))
+    lr: float = option("--lr", "peak learning rate", 2e-4, type=float)
+    weight_decay: float | None = option("--weight-decay", "decoupled weight decay (default lion 0.5, adamw 0.1)", type=float)
+    warmup_steps: int | None = option("--warmup-steps", "linear warm-up, in steps (default 2% of the run, at most 2000)", type=int)
+    lr_schedule: str = option("--lr-schedule", "shape of the rate after warm-up", "cosine", choices=LR_SCHEDULES)
+    min_lr: float | None = option("--min-lr", "rate at the last step (default lr/10)", type=float)
+    grad_clip: float = option("--grad-clip", "largest global gradient norm; 0 = no clipping", 1.0, type=float)
+    fused: bool = option("--opt-fused", "one-pass fused optimizer kernel (CUDA)", True, type=bool)
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Lion: Chen et al. 2023 (arXiv 2302.06675), section 4.1 for language models; AdamW: as GPT-3."""
+        return (0.95, 0.98) if self.optimizer == "lion" else (0.9, 0.95)
+
+    @property
+    def eps(self) -> float:
+        """AdamW's epsilon (Brown et al. 2020, arXiv 2005.14165, appendix B); Lion has none."""
+        return 1e-8
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    path: str = option("--data", "token file, folder or glob; 'demo' needs no file", "fineweb_1b.npy")
+    format: str = option(
+        "--data-format", "how tokens are stored", "npy", choices=("npy", "bin", "raw", "pt", "txt", "auto")
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The steps: how many, how large, in what arithmetic, on what device."""
+
+    steps: int = option("--steps", "optimizer steps", 20000, type=int)
+    batch_size: int = option("--batch-size", "sequences a micro-batch", 1, type=int)
+    grad_accum: int = option("--grad-accum", "micro-batches a step", 16, type=int)
+    phases: Phases = option("--seq-schedule", "training lengths as LENGTH@STEP,…", ((0, 1024), (10000, 2048)))
+    eval_every: int = option("--eval-every", "steps between evaluations; 0 = only at the end", 500, type=int)
+    eval_iters: int = option("--eval-iters", "size of an evaluation, in units of 16384 tokens", 10, type=int)
+    seed: int = option("--seed", "seed of initialisation, data order and rounding", 1337, type=int)
+    device: str = option("--device", "where to train; auto: cuda, then mps, then cpu", "cuda",
+                         choices=("cuda", "mps", "cpu", "auto"))
+    param_dtype: str | None = option("--param-dtype", "weights; 16-bit ones are rounded stochastically "
+                              "(default bf16 on cuda, else fp32)", choices=("bf16", "fp32", "fp16"))
+    amp: bool = option("--amp", "compute in --amp-dtype where weights are fp32", True, type=bool)
+    amp_dtype: str | None = option("--amp-dtype", "arithmetic of mixed precision (default fp16 with fp16 weights, "
+                            "else bf16)", choices=("bf16", "fp16"))
+    grad_checkpoint: bool | None = option("--grad-checkpoint", "recompute activations in the backward pass "
+                                   "(default: only if they would not fit)", type=bool)
+    compile: bool | None = option("--compile", "torch.compile the blocks (default: on cuda)", type=bool)
+    compile_mode: str = option("--compile-mode", "torch.compile mode", "default",
+                               choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences an optimizer step (the global batch)."""
+        return self.batch_size * self.grad_accum
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run writes, what it saves and how it continues."""
+
+    root: str = option("--run-root", "folder that holds the runs", "runs")
+    tag: str = option("--tag", "first part of the run's name", "oneb")
+    if_exists: str = option("--if-exists", "what to do when the run directory is there already", "suffix",
+                            choices=("suffix", "skip", "error", "resume"))
+    save_every: int = option("--save-every", "steps between step*.pt checkpoints; 0 = only at the end", 0, type=int)
+    save_optim: bool = option("--save-optim", "optimizer state in last.pt and step*.pt, so that they resume", True, type=bool)
+    ckpt: str | None = option("--ckpt", "checkpoint to start from (weights only, or all of it with --resume)")
+    resume: bool = option("--resume", "continue --ckpt, or the run directory's last.pt, exactly", False, type=bool)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run tells, to whom and how often."""
+
+    log_every: int = option("--log-every", "steps between log rows", 20, type=int)
+    instrument: str = option("--instrument", "detail of analysis rows: off; basic: norms by part; "
+                             "medium: by layer; full: also attention entropy", "basic",
+                             choices=("off", "basic", "medium", "full"))
+    analysis_every: int = option("--analysis-every", "steps between analysis rows; 0 = none", 0, type=int)
+    live: str = option("--live", "display: a progress line (auto), plain lines, a rich dashboard", "auto",
+                       choices=("auto", "off", "basic", "rich"))
+    wandb: bool = option("--wandb", "log to Weights & Biases", False, type=bool)
+    wandb_project: str = option("--wandb-project", "W&B project", "oneb")
+    wandb_entity: str | None = option("--wandb-entity", "W&B user or team")
+    wandb_name: str | None = option("--wandb-name", "W&B run name (default: the run directory's)")
+    wandb_group: str | None = option("--wandb-group", "W&B group")
+    wandb_tags: str | None = option("--wandb-tags", "W&B tags, comma-separated")
+    wandb_mode: str = option("--wandb-mode", "W&B mode", "online", choices=("online", "offline", "disabled"))
+    wandb_id: str | None = option("--wandb-id", "W&B run id to continue (default: kept in the run directory)")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. ``config.json`` is this, as nested objects."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def name(self) -> str:
+        """Name of the run directory, before any suffix."""
+        return f"{self.run.tag}_{self.model.variant}_seed{self.train.seed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain containers, as written to ``config.json`` and into checkpoints."""
+        return dataclasses.asdict(self)
+
+
+def sections() -> dict[str, type]:
+    """Section name -> dataclass, in the order that the command line and the help show them."""
+    return {"model": ModelConfig, "optim": OptimConfig, "data": DataConfig, "train": TrainConfig,
+            "run": RunConfig, "log": LogConfig}
+
+
+def model_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """The model section of a ``config.json`` or checkpoint."""
+    return ModelConfig(**values)
+
+
+def model_differences(saved: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """Fields in which two models differ so that weights of one do not fit (or mean something else in) the other.
+
+    ``max_seq_len`` is left out: RoPE has no weights, and extending the context is a thing people do.
+    """
+    return [
+        f"{f.metadata['flag']} is {getattr(wanted, f.name)}, the checkpoint has {getattr(saved, f.name)}"
+        for f in dataclasses.fields(ModelConfig)
+        if f.name != "max_seq_len" and getattr(saved, f.name) != getattr(wanted, f.name)
+    ]
+
+
+def device_defaults(config: TrainConfig, device: str, has_bf16: bool = True) -> TrainConfig:
+    """Fill in what only the device decides: ``param_dtype``, ``amp_dtype`` and ``compile``.
+
+    A GPU without bf16 arithmetic (T4, V100) gets fp16 wherever bf16 was asked for or implied.
+    """
+    half = "bf16" if has_bf16 else "fp16"
+    param_dtype = config.param_dtype or (half if device == "cuda" else "fp32")
+    if param_dtype == "bf16":
+        param_dtype = half
+    amp_dtype = config.amp_dtype or ("fp16" if param_dtype == "fp16" else half)
+    if amp_dtype == "bf16":
+        amp_dtype = half
+    # On the CPU and mps, fp32 compute unless asked: 16-bit is slower there.
+    amp = config.amp and (device == "cuda" or config.amp_dtype is not None)
+    compiled = config.compile if config.compile is not None else device == "cuda"
+    return dataclasses.replace(config, param_dtype=param_dtype, amp_dtype=amp_dtype, amp=amp, compile=compiled)
+
+
+def compute_dtype(config: TrainConfig) -> str:
+    """Arithmetic of the matrix products, once :func:`device_defaults` has run."""
+    if config.param_dtype != "fp32":
+        return config.param_dtype
+    return config.amp_dtype if config.amp else "fp32"

@@ -1,0 +1,153 @@
+"""The plan of a run, before any GPU is touched: what it will train on, how large it is, what it needs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from oneb import accounting
+from oneb.config import Config, compute_dtype, device_defaults
+from oneb.gpus import Gpu
+from oneb.schedules import Phases, format_seq_schedule, reached, seq_len_at, tokens_before
+from oneb.units import format_count, format_gib
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of the sequence schedule, as far as the run gets into it."""
+
+    seq_len: int
+    first_step: int
+    steps: int
+    tokens_per_step: int
+    tokens: int
+    flops_per_token: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the dry run shows and ``plan.json`` keeps."""
+
+    name: str
+    batch_sequences: int
+    steps: int
+    tokens: int
+    seq_schedule: str
+    phases: tuple[Phase, ...]
+    parameters: int
+    parameters_by_part: dict[str, int]
+    kv_bytes_per_token: int
+    memory_bytes: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers for ``plan.json``."""
+        return asdict(self)
+
+
+def make_plan(config: Config) -> Plan:
+    """Work out the plan of a valid configuration (see :func:`oneb.presets.resolve`)."""
+    model, train = config.model, config.train
+    phases = _phases(config)
+    longest = max(phase.seq_len for phase in phases)
+    resolved = device_defaults(train, "cuda" if train.device == "auto" else train.device)
+    parts = accounting.parameter_counts(model)
+    return Plan(
+        name=config.name,
+        batch_sequences=train.batch_sequences,
+        steps=train.steps,
+        tokens=tokens_before(train.phases, train.steps, train.batch_sequences),
+        seq_schedule=format_seq_schedule(train.phases),
+        phases=phases,
+        parameters=sum(parts.values()),
+        parameters_by_part=parts,
+        kv_bytes_per_token=accounting.kv_bytes_per_token(model),
+        memory_bytes=accounting.memory_parts(
+            model,
+            optimizer=config.optim.optimizer,
+            param_dtype=resolved.param_dtype,
+            compute_dtype=compute_dtype(resolved),
+            micro_batch_tokens=train.batch_size * longest,
+            grad_checkpoint=bool(train.grad_checkpoint),
+        ),
+    )
+
+
+def _phases(config: Config) -> tuple[Phase, ...]:
+    train = config.train
+    starts: Phases = reached(train.phases, train.steps)
+    ends = [start for start, _ in starts[1:]] + [train.steps]
+    return tuple(
+        Phase(
+            seq_len=seq_len,
+            first_step=start,
+            steps=end - start,
+            tokens_per_step=seq_len * train.batch_sequences,
+            tokens=(end - start) * seq_len * train.batch_sequences,
+            flops_per_token=accounting.flops_per_token(config.model, seq_len),
+        )
+        for (start, seq_len), end in zip(starts, ends, strict=True)
+    )
+
+
+def plan_lines(plan: Plan, config: Config) -> list[str]:
+    """The plan as the dry run prints it."""
+    lines = [
+        f"[plan] global_batch={plan.batch_sequences} | steps={plan.steps} | "
+        f"planned_tokens≈{plan.tokens / 1e9:.4g}B",
+        f"[plan] seq_schedule={plan.seq_schedule}",
+    ]
+    for phase in plan.phases:
+        lines.append(
+            f"         steps {phase.first_step:,}-{phase.first_step + phase.steps - 1:,}: {phase.seq_len} tokens a "
+            f"sequence, {phase.tokens_per_step:,} a step, {format_count(phase.tokens)} in all, "
+            f"{phase.flops_per_token / 1e9:.2f} GFLOP a token"
+        )
+    lines += [
+        f"         not reached: {seq_len} tokens from step {start:,} (the run ends at step {plan.steps:,})"
+        for start, seq_len in config.train.phases
+        if start >= plan.steps
+    ]
+    parts = ", ".join(f"{name} {format_count(count)}" for name, count in plan.parameters_by_part.items())
+    memory = ", ".join(f"{name} {format_gib(size)}" for name, size in plan.memory_bytes.items())
+    lines += [
+        f"[plan] parameters={format_count(plan.parameters)} ({parts})",
+        f"[plan] kv_cache={plan.kv_bytes_per_token:,} bytes a token ({config.model.variant}, 16-bit)",
+        f"[plan] memory≈{format_gib(sum(plan.memory_bytes.values()))} ({memory})",
+    ]
+    return lines
+
+
+def warnings(config: Config) -> list[str]:
+    """What a practitioner would ask about a plan that can work."""
+    notes = []
+    longest = max(seq_len for _, seq_len in reached(config.train.phases, config.train.steps))
+    if longest < config.model.max_seq_len:
+        notes.append(f"--block is {config.model.max_seq_len}, and the run never trains past {longest} tokens: "
+                     "longer contexts will not be learned")
+    return notes
+
+
+def fits(config: Config, gpu_bytes: float, *, grad_checkpoint: bool) -> bool:
+    """Whether the estimate leaves a tenth of ``gpu_bytes`` free at the longest phase of the run.
+
+    ``config.train`` must have its device defaults filled in.
+    """
+    train = config.train
+    longest = max(seq_len for _, seq_len in reached(train.phases, train.steps))
+    parts = accounting.memory_parts(
+        config.model,
+        optimizer=config.optim.optimizer,
+        param_dtype=train.param_dtype,
+        compute_dtype=compute_dtype(train),
+        micro_batch_tokens=train.batch_size * longest,
+        grad_checkpoint=grad_checkpoint,
+    )
+    return sum(parts.values()) < 0.9 * gpu_bytes
+
+
+def mfu(config: Config, tokens_per_s: float, step: int, gpu: Gpu | None) -> float | None:
+    """Model-FLOP utilisation at the step's sequence length; None on hardware whose peak is not known."""
+    if gpu is None:
+        return None
+    flops = accounting.flops_per_token(config.model, seq_len_at(config.train.phases, step))
+    return tokens_per_s * flops / gpu.flops_16bit

@@ -1,0 +1,235 @@
+"""From what the user gave to a whole configuration: sizes, what a variant implies, what one option decides for others.
+
+``resolve`` reports every fault at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from oneb.config import (
+    BYTE_VOCAB_SIZE,
+    DEMO_DATA,
+    Config,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    sections,
+)
+from oneb.errors import ConfigErrors, OnebError
+from oneb.schedules import Phases, parse_seq_schedule, steps_for_tokens
+
+# d_model, layers, heads, d_ff, block. nano learns in minutes on two CPU cores.
+SIZES: dict[str, tuple[int, int, int, int, int]] = {
+    "nano": (128, 4, 4, 384, 256),
+    "tiny": (512, 6, 8, 2048, 2048),
+    "small": (768, 12, 12, 3072, 2048),
+    "medium": (1024, 24, 16, 4096, 2048),
+    "large": (1536, 24, 16, 6144, 2048),
+    "1b": (2048, 22, 32, 5632, 2048),
+}
+DEFAULT_SIZE = "1b"
+
+# Widths that only some variants have; given for another, they are a mistake and not ignored.
+_VARIANT_ONLY = {
+    "n_kv_heads": ("gqa", "gqa_kv2"),
+    "sem_dim": ("decoupled",),
+    "geo_dim": ("decoupled",),
+    "attn_dim": ("bottleneck", "decoupled"),
+}
+_SHAPE_FIELDS = ("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len")
+# Options that are not a field of their own but decide one.
+EXTRA_OPTIONS = ("size", "train_seq_len", "target_tokens")
+
+
+def resolve(given: Mapping[str, Any]) -> Config:
+    """A whole configuration from the options that were given.
+
+    Args:
+        given: field name -> value, only what the user wrote; ``size``, ``train_seq_len`` (tokens),
+            ``target_tokens`` (tokens) and ``phases`` (as text) besides the fields of :mod:`oneb.config`.
+
+    Raises:
+        ConfigErrors: every fault, each with its fix.
+    """
+    faults: list[str] = []
+    model = _resolve_model(given, faults)
+    train = _resolve_train(given, model, faults)
+    values = {name: _from_given(cls, given) for name, cls in sections().items() if name not in ("model", "train")}
+    values["optim"] = _resolve_optim(values["optim"], train.steps)
+    config = Config(model=model, train=train, **values)
+    faults += find_faults(config)
+    if faults:
+        raise ConfigErrors(faults)
+    return config
+
+
+def _from_given(cls: type, given: Mapping[str, Any], **derived: Any) -> Any:
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{**derived, **{name: value for name, value in given.items() if name in names}})
+
+
+def _resolve_model(given: Mapping[str, Any], faults: list[str]) -> ModelConfig:
+    size = given.get("size", DEFAULT_SIZE)
+    if size not in SIZES:
+        faults.append(f"--size {size!r} is not known; choose one of {', '.join(SIZES)}")
+        size = DEFAULT_SIZE
+    variant = given.get("variant", ModelConfig.variant)
+    for name, variants in _VARIANT_ONLY.items():
+        if name in given and variant not in variants:
+            flag = ModelConfig.__dataclass_fields__[name].metadata["flag"]
+            faults.append(f"{flag} {given[name]} has no meaning for --variant {variant}; "
+                          f"leave it out, or choose --variant {' or '.join(variants)}")
+    shape = dict(zip(_SHAPE_FIELDS, SIZES[size], strict=True))
+    shape |= {name: given[name] for name in _SHAPE_FIELDS if name in given}
+    derived = shape | _variant_widths(variant, shape["d_model"], max(1, shape["n_heads"]), given)
+    if given.get("path") == DEMO_DATA:
+        derived["vocab_size"] = BYTE_VOCAB_SIZE
+    own = {name: value for name, value in given.items() if name not in _VARIANT_ONLY}
+    return _from_given(ModelConfig, own, **derived)
+
+
+def _variant_widths(variant: str, d_model: int, n_heads: int, given: Mapping[str, Any]) -> dict[str, int]:
+    """What a variant means in widths (van Dommelen 2025 for bottleneck and decoupled; Ainslie et al., arXiv 2305.13245, gqa)."""
+    if variant == "decoupled":
+        sem = given.get("sem_dim", d_model // 16)
+        geo = given.get("geo_dim", d_model // 8)
+        return {"sem_dim": sem, "geo_dim": geo, "attn_dim": given.get("attn_dim", sem + geo), "n_kv_heads": n_heads}
+    if variant == "bottleneck":
+        width = given.get("attn_dim", d_model * 3 // 16)
+        return {"sem_dim": 0, "geo_dim": width, "attn_dim": width, "n_kv_heads": n_heads}
+    default_kv = {"gqa": max(1, n_heads // 4), "gqa_kv2": 2}.get(variant, n_heads)
+    kv_heads = given.get("n_kv_heads", default_kv) if variant in _VARIANT_ONLY["n_kv_heads"] else n_heads
+    return {"sem_dim": 0, "geo_dim": d_model, "attn_dim": d_model, "n_kv_heads": kv_heads}
+
+
+def _resolve_train(given: Mapping[str, Any], model: ModelConfig, faults: list[str]) -> TrainConfig:
+    try:
+        phases = _resolve_phases(given, model.max_seq_len)
+    except OnebError as error:
+        faults.append(str(error))
+        phases = ((0, model.max_seq_len),)
+    train = _from_given(TrainConfig, {**given, "phases": phases})
+    if "target_tokens" not in given:
+        return train
+    if "steps" in given:
+        faults.append(f"--steps {given['steps']} and --target-tokens {given['target_tokens']} both set "
+                      "the length of the run; give one of them")
+        return train
+    sequences = max(1, train.batch_sequences)
+    return dataclasses.replace(train, steps=steps_for_tokens(phases, given["target_tokens"], sequences))
+
+
+def _resolve_phases(given: Mapping[str, Any], block: int) -> Phases:
+    """An explicit schedule wins; ``--train-seq-len`` fills what it leaves open; neither: 1024, then 2048."""
+    train_seq_len = given.get("train_seq_len")
+    if "phases" in given:
+        phases = parse_seq_schedule(given["phases"])
+        if phases[0][0] == 0:
+            return phases
+        if train_seq_len is None:
+            raise OnebError(f"--seq-schedule {given['phases']!r} says nothing about steps 0 to {phases[0][0] - 1}; "
+                            "start it with an entry like 1024@0, or give --train-seq-len")
+        return ((0, train_seq_len), *phases)
+    if train_seq_len is not None:
+        return ((0, train_seq_len),)
+    return tuple(p for p in TrainConfig.phases if p[1] <= block) or ((0, block),)
+
+
+def _resolve_optim(optim: OptimConfig, steps: int) -> OptimConfig:
+    """What the optimizer, the rate and the length of the run imply."""
+    # Lion's sign update is larger for the same lr, and its papers pair a smaller lr with 3-10x the decay.
+    decay = {"lion": 0.5, "adamw": 0.1}[optim.optimizer]
+    derived = {"weight_decay": decay, "warmup_steps": min(2000, -(-steps // 50)), "min_lr": optim.lr / 10}
+    return dataclasses.replace(
+        optim, **{name: value for name, value in derived.items() if getattr(optim, name) is None}
+    )
+
+
+def find_faults(config: Config) -> list[str]:
+    """Everything about a configuration that cannot work, each with its fix."""
+    faults = [*_range_faults(config)]
+    faults += _model_faults(config.model)
+    faults += _train_faults(config)
+    return faults
+
+
+def _range_faults(config: Config) -> list[str]:
+    """Numbers outside the values that mean anything."""
+    positive = "must be at least 1"
+    not_negative = "must not be negative"
+    checks: list[tuple[Any, tuple[str, ...], Callable[[Any], bool], str]] = [
+        (config.model, ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"),
+         lambda v: v >= 1, positive),
+        (config.train, ("steps", "batch_size", "grad_accum", "eval_iters"), lambda v: v >= 1, positive),
+        (config.train, ("eval_every", "seed"), lambda v: v >= 0, not_negative),
+        (config.run, ("save_every",), lambda v: v >= 0, not_negative),
+        (config.log, ("log_every",), lambda v: v >= 1, positive),
+        (config.log, ("analysis_every",), lambda v: v >= 0, not_negative),
+        (config.optim, ("lr",), lambda v: v > 0, "must be above 0"),
+        (config.optim, ("weight_decay", "warmup_steps", "min_lr", "grad_clip"), lambda v: v >= 0, not_negative),
+    ]
+    faults = []
+    for section, names, accepts, message in checks:
+        for name in names:
+            value = getattr(section, name)
+            # NaN fails every comparison, so it is caught here as well.
+            if not accepts(value):
+                flag = type(section).__dataclass_fields__[name].metadata["flag"]
+                faults.append(f"{flag} {value} {message}")
+    return faults
+
+
+def _model_faults(model: ModelConfig) -> list[str]:
+    faults = []
+    if min(model.n_heads, model.n_kv_heads) < 1:
+        return faults  # reported as out of range; dividing by it would not help
+    widths = {"--sem-dim": model.sem_dim, "--geo-dim": model.geo_dim, "--attn-dim": model.attn_dim}
+    if model.variant == "bottleneck":
+        widths = {"--attn-dim": model.attn_dim}
+    elif model.variant != "decoupled":
+        widths = {"--d-model": model.d_model}
+    for flag, width in widths.items():
+        if width < model.n_heads or width % model.n_heads:
+            below, above = width // model.n_heads * model.n_heads, -(-max(width, 1) // model.n_heads) * model.n_heads
+            faults.append(f"{flag} {width} does not divide into {model.n_heads} heads; "
+                          f"use {f'{below} or ' if below else ''}{above}, or another --n-head")
+    if model.n_heads % model.n_kv_heads:
+        divisors = [str(n) for n in range(1, model.n_heads + 1) if model.n_heads % n == 0]
+        faults.append(f"--kv-head {model.n_kv_heads} does not divide --n-head {model.n_heads}; "
+                      f"use one of {', '.join(divisors)}")
+    if model.rope and not faults and model.geo_head_dim % 2:
+        faults.append(f"RoPE rotates pairs, and each head has {model.geo_head_dim} positional dimensions "
+                      f"({model.geo_dim} over {model.n_heads} heads), an odd number; "
+                      "choose a width that gives an even number a head, or --no-rope")
+    if model.tie_qk and model.n_kv_heads != model.n_heads:
+        faults.append(f"--tie-qk needs as many key heads as query heads, and --variant {model.variant} has "
+                      f"{model.n_kv_heads} for {model.n_heads}; leave --tie-qk out, or give --kv-head {model.n_heads}")
+    return faults
+
+
+def _train_faults(config: Config) -> list[str]:
+    faults = []
+    train, block = config.train, config.model.max_seq_len
+    for start, seq_len in train.phases:
+        if seq_len > block:
+            faults.append(f"the sequence schedule asks for {seq_len} tokens at step {start}, more than --block {block}; "
+                          f"give --block {seq_len}, or shorten that phase")
+        elif seq_len < 1:
+            faults.append(f"--train-seq-len {seq_len} must be at least 1")
+    if config.optim.min_lr > config.optim.lr:
+        faults.append(f"--min-lr {config.optim.min_lr:g} is above --lr {config.optim.lr:g}; the rate falls towards it")
+    if config.optim.warmup_steps > train.steps:
+        faults.append(f"--warmup-steps {config.optim.warmup_steps} is longer than the run of {train.steps} steps; "
+                      f"use at most {train.steps}")
+    if train.param_dtype == "bf16" and train.amp_dtype == "fp16" or \
+            train.param_dtype == "fp16" and train.amp_dtype == "bf16":
+        faults.append(f"--param-dtype {train.param_dtype} computes in {train.param_dtype}, and --amp-dtype asks for "
+                      f"{train.amp_dtype}; leave --amp-dtype out, or keep weights in fp32")
+    tag = config.run.tag
+    if not re.fullmatch(r"\w[\w.-]*", tag):
+        faults.append(f"--tag {tag!r} becomes a folder's name; use letters, digits, '.', '_' and '-'")
+    return faults
