@@ -1,1 +1,11 @@
-"""Optimizers with stochastic rounding, and the loss scaler for fp16."""
+"""Lion and AdamW with stochastic rounding, gradient clipping and loss scaling, all on the device."""
+
+from __future__ import annotations
+
+from oneb.optim.clip import clip_scale, grad_norm
+from oneb.optim.loss_scale import LossScaler
+from oneb.optim.optimizer import AdamW, Lion, Optimizer, applies_decay, build_optimizer
+
+__all__ = [
+    "AdamW", "Lion", "LossScaler", "Optimizer", "applies_decay", "build_optimizer", "clip_scale", "grad_norm",
+]
