@@ -1,0 +1,274 @@
+"""Token files as one long, immutable sequence of ids, checked when opened."""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from oneb.data.formats import DATA_FORMATS, SUFFIXES, read_tokens
+from oneb.data.sidecar import Sidecar, read_sidecar, sidecar_path
+from oneb.errors import OnebError
+from oneb.units import format_count
+
+DEMO = "demo"  # the path that stands for the embedded text of demo.py
+
+_MAKE_DATA = "python3 prepare_fineweb.py --tokens 100M --output"
+_SCAN_TOKENS = 16 * 2**20
+_SCAN_QUIET_S = 2.0  # a scan longer than this reports its progress
+_FINGERPRINT_BYTES = 64 * 2**10
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One token file: ``array`` (n,) maps it; ``name`` is its path as messages show it."""
+
+    name: str
+    array: np.ndarray
+    sidecar: Sidecar | None
+
+
+class Tokens:
+    """Every token of some shards, in order, as one immutable sequence.
+
+    Attributes:
+        n_tokens: tokens in all shards.
+        files: their paths, in order (``("demo",)`` for the embedded text).
+        encoding: tokenizer name the sidecars give, or None.
+        fingerprint: 16 hex digits that change when the data does, and not when files are moved
+            or renamed; cheap (it reads the head, middle and tail of each file).
+        warnings: what was taken on trust, one sentence each.
+    """
+
+    def __init__(self, shards: Sequence[Shard], fingerprint: str, warnings: Sequence[str] = ()) -> None:
+        self.files = tuple(shard.name for shard in shards)
+        self.fingerprint = fingerprint
+        self.warnings = tuple(warnings)
+        self.encoding = next((s.sidecar.encoding for s in shards if s.sidecar and s.sidecar.encoding), None)
+        self._arrays = tuple(shard.array for shard in shards)
+        self._starts = (0, *accumulate(len(array) for array in self._arrays))
+        self.n_tokens = self._starts[-1]
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length) as a 1-D integer array, a view where one shard holds them all.
+
+        Raises:
+            IndexError: if the range is not inside the data.
+        """
+        if not 0 <= start <= start + length <= self.n_tokens:
+            raise IndexError(f"tokens [{start}, {start + length}) of {self.n_tokens}")
+        shard = bisect.bisect_right(self._starts, start) - 1
+        parts = []
+        while length > 0:
+            first = start - self._starts[shard]
+            parts.append(self._arrays[shard][first:first + length])
+            start, length, shard = start + len(parts[-1]), length - len(parts[-1]), shard + 1
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+
+    def locate(self, offset: int) -> tuple[str, int]:
+        """The file that holds the token at ``offset``, and the token's offset in that file."""
+        shard = bisect.bisect_right(self._starts, offset, hi=len(self._arrays)) - 1
+        return self.files[shard], offset - self._starts[shard]
+
+
+def open_tokens(path: str, data_format: str = "npy", *, vocab_size: int, check_ids: bool = True,
+                log: Callable[[str], None] | None = None) -> Tokens:
+    """Open token files and check them: whole, of one kind, and every id below ``vocab_size``.
+
+    Args:
+        path: a file, a folder (its files of that format), a glob (in order of name), or "demo"
+            for the embedded text. Write "./demo" for a file of that name.
+        data_format: one of ``DATA_FORMATS``.
+        vocab_size: ids must lie in [0, vocab_size).
+        check_ids: False skips reading every token where no sidecar vouches for the largest id
+            (a dry run need not wait); the loader checks each batch in any case.
+        log: called with progress when that reading takes more than 2 seconds.
+
+    Raises:
+        OnebError: what is missing, cut short, contradictory or out of range, with file and token offset.
+    """
+    if data_format not in DATA_FORMATS:
+        raise OnebError(f"--data-format {data_format!r} is not known; "
+                        f"wanted one of {', '.join(DATA_FORMATS)}")
+    if path == DEMO:
+        return _open_demo(vocab_size)
+    files = _find_files(path, data_format)
+    shards = [Shard(str(file), read_tokens(file, data_format), read_sidecar(file)) for file in files]
+    _check_sidecars(shards, vocab_size)
+    if check_ids:
+        _check_ids(shards, vocab_size, log)
+    identity = ((np.memmap(shard.name, np.uint8, mode="r"), len(shard.array)) for shard in shards)
+    tokens = Tokens(shards, _fingerprint(identity), _trust_warnings(shards))
+    if tokens.n_tokens < 2:
+        raise OnebError(f"{path} holds {tokens.n_tokens} token; wanted at least 2, "
+                        "one to read and one to predict")
+    return tokens
+
+
+def _open_demo(vocab_size: int) -> Tokens:
+    from oneb.data.demo import DEMO_EOT, DEMO_VOCAB_SIZE, demo_tokens
+
+    if vocab_size < DEMO_VOCAB_SIZE:
+        raise OnebError(f"--data demo has ids up to {DEMO_EOT}, the model's vocabulary is {vocab_size}; "
+                        f"wanted --vocab-size {DEMO_VOCAB_SIZE} or more")
+    array = demo_tokens()
+    array.flags.writeable = False
+    sidecar = Sidecar(tokens=len(array), encoding="bytes", vocab_size=DEMO_VOCAB_SIZE, eot=DEMO_EOT,
+                      source="Python's standard library")
+    return Tokens([Shard(DEMO, array, sidecar)], _fingerprint([(array.view(np.uint8), len(array))]))
+
+
+# -- Finding the files ---------------------------------------------------------------------------
+
+def _find_files(path: str, data_format: str) -> list[Path]:
+    """The files ``path`` stands for, sorted by name."""
+    target = Path(path).expanduser()
+    if target.is_file():
+        return [target]
+    if target.is_dir():
+        return _files_of_folder(target, data_format)
+    matches = sorted(Path(match) for match in glob.glob(str(target), recursive=True))
+    files = [match for match in matches if match.is_file() and match.suffix != ".meta"]
+    if files:
+        return files
+    if glob.has_magic(path):
+        raise OnebError(f"--data {path}: no file matches (looked in {Path.cwd()}). "
+                        f"Correct the pattern, or make data with: {_MAKE_DATA} fineweb_100m.npy")
+    output = path if path.endswith(".npy") else "fineweb_100m.npy"
+    raise OnebError(f"--data {path}: there is no such file, folder or glob (looked for {target.absolute()}). "
+                    f"Make it with: {_MAKE_DATA} {output}")
+
+
+def _files_of_folder(folder: Path, data_format: str) -> list[Path]:
+    by_suffix: dict[str, list[Path]] = {suffix: [] for suffix in SUFFIXES}
+    for file in sorted(folder.iterdir()):
+        if file.suffix in by_suffix and file.is_file() and not file.name.startswith("."):
+            by_suffix[file.suffix].append(file)
+    if data_format == "auto":
+        # A .txt beside token files is a readme, so text counts only where nothing else is.
+        kinds = [suffix for suffix in SUFFIXES if by_suffix[suffix] and suffix != ".txt"] or [".txt"]
+        if len(kinds) > 1:
+            raise OnebError(f"--data {folder} holds several formats ({' '.join(kinds)}); "
+                            "name one with --data-format")
+        suffix = kinds[0]
+    else:
+        suffix = ".bin" if data_format == "raw" else f".{data_format}"
+    if not by_suffix[suffix]:
+        others = [f"{len(files)} {other}" for other, files in by_suffix.items() if files]
+        raise OnebError(f"--data {folder} is a folder without {suffix} files (it holds "
+                        f"{', '.join(others) or 'none'} of the known formats). Choose another --data-format, "
+                        f"or make data with: {_MAKE_DATA} {folder / 'fineweb_100m.npy'}")
+    return by_suffix[suffix]
+
+
+# -- Checking them -------------------------------------------------------------------------------
+
+def _check_sidecars(shards: Sequence[Shard], vocab_size: int) -> None:
+    """That no sidecar contradicts its file, the vocabulary, or another sidecar."""
+    encodings: dict[str, str] = {}  # encoding -> first file of that encoding
+    for shard in shards:
+        sidecar = shard.sidecar
+        if sidecar is None:
+            continue
+        meta = sidecar_path(Path(shard.name))
+        if sidecar.tokens is not None and sidecar.tokens != len(shard.array):
+            raise OnebError(f"{meta} says {sidecar.tokens} tokens but {shard.name} holds {len(shard.array)}: "
+                            "one of the two is of another file or was cut short. Copy both again, or delete "
+                            "the sidecar")
+        for key in ("max_id", "eot"):
+            value = getattr(sidecar, key)
+            if value is not None and value >= (sidecar.vocab_size or value + 1):
+                raise OnebError(f"{meta} contradicts itself: {key} {value} is not below vocab_size "
+                                f"{sidecar.vocab_size}. Copy it again, or delete it")
+        if sidecar.vocab_size is not None and sidecar.vocab_size > vocab_size:
+            raise OnebError(f"{shard.name} was made with a vocabulary of {sidecar.vocab_size} (see {meta}), "
+                            f"the model has {vocab_size}; wanted --vocab-size {sidecar.vocab_size} or more")
+        if sidecar.encoding is not None:
+            encodings.setdefault(sidecar.encoding, shard.name)
+    if len(encodings) > 1:
+        found = ", ".join(f"{encoding} ({name})" for encoding, name in encodings.items())
+        raise OnebError(f"the files were made with different tokenizers: {found}; wanted one. "
+                        "Give --data only files of one encoding")
+
+
+def _check_ids(shards: Sequence[Shard], vocab_size: int, log: Callable[[str], None] | None) -> None:
+    """That every id lies in [0, vocab_size), reading each file whose sidecar does not vouch for it."""
+    unread = [shard for shard in shards if not _vouched(shard, vocab_size)]
+    total = sum(len(shard.array) for shard in unread)
+    done, last_report = 0, time.monotonic()
+    for shard in unread:
+        for start in range(0, len(shard.array), _SCAN_TOKENS):
+            chunk = shard.array[start:start + _SCAN_TOKENS]
+            bad = first_bad_id(chunk, vocab_size)
+            if bad is not None:
+                raise bad_id_error(shard.name, start + bad, int(chunk[bad]), vocab_size)
+            done += len(chunk)
+            if log is not None and time.monotonic() - last_report > _SCAN_QUIET_S and done < total:
+                last_report = time.monotonic()
+                log(f"checking token ids: {format_count(done)} of {format_count(total)}")
+
+
+def _vouched(shard: Shard, vocab_size: int) -> bool:
+    # A signed file may hold negative ids, of which max_id says nothing.
+    sidecar = shard.sidecar
+    return (sidecar is not None and sidecar.tokens is not None and sidecar.max_id is not None
+            and sidecar.max_id < vocab_size and shard.array.dtype.kind == "u")
+
+
+def first_bad_id(ids: np.ndarray, vocab_size: int) -> int | None:
+    """Where ``ids`` (not empty) first leaves [0, vocab_size), or None."""
+    if int(ids.max()) < vocab_size and int(ids.min()) >= 0:
+        return None
+    return int(np.argmax((ids >= vocab_size) | (ids < 0)))
+
+
+def bad_id_error(name: str, offset: int, token: int, vocab_size: int) -> OnebError:
+    """The error for an id outside the vocabulary at token ``offset`` of file ``name``."""
+    return OnebError(f"{name}: token id {token} at token offset {offset} is outside the vocabulary "
+                     f"[0, {vocab_size}). The file is damaged, of another --data-format, or of another "
+                     "tokenizer (then set --vocab-size to that tokenizer's)")
+
+
+def _trust_warnings(shards: Sequence[Shard]) -> list[str]:
+    warnings = []
+    bare = [shard.name for shard in shards if shard.sidecar is None]
+    if bare:
+        warnings.append(f"{_some_of(bare, shards)} no .meta sidecar, "
+                        "so the tokenizer that made the tokens is unknown")
+    vague = [shard.name for shard in shards if shard.sidecar and None in
+             (shard.sidecar.tokens, shard.sidecar.encoding, shard.sidecar.vocab_size, shard.sidecar.max_id)]
+    if vague:
+        warnings.append(f"{_some_of(vague, shards)} an old .meta sidecar without all of tokens, encoding, "
+                        "vocab_size and max_id, so these could not be checked")
+    return warnings
+
+
+def _some_of(names: Sequence[str], shards: Sequence[Shard]) -> str:
+    if len(shards) == 1:
+        return f"{names[0]} has"
+    return f"{len(names)} of {len(shards)} files (first {names[0]}) have"
+
+
+# -- Identity ------------------------------------------------------------------------------------
+
+def _fingerprint(shards: Iterable[tuple[np.ndarray, int]]) -> str:
+    """A hash over ``(bytes of the file as uint8, n_tokens)`` of each shard: head, middle and tail only."""
+    digest = hashlib.sha256()
+    for data, n_tokens in shards:
+        digest.update(f"{len(data)} {n_tokens} ".encode())
+        last = max(0, len(data) - _FINGERPRINT_BYTES)
+        for start in (0, last // 2, last):
+            digest.update(data[start:start + _FINGERPRINT_BYTES].tobytes())
+    return digest.hexdigest()[:16]
