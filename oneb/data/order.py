@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from oneb.errors import OnebError
 _FEISTEL_ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, splitmix64's increment
 _MASK_64 = 2**64 - 1
+_Uint64 = TypeVar("_Uint64", int, np.ndarray)
 
 
 def split_tokens(n_tokens: int) -> tuple[int, int]:
@@ -161,23 +163,21 @@ def permute(indices: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 def _feistel(values: np.ndarray, half_bits: int, key: int) -> np.ndarray:
-    bits, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
-    left, right = values >> bits, values & mask
+    mask = 2**half_bits - 1
+    left, right = values >> half_bits, values & mask
     for number in range(1, _FEISTEL_ROUNDS + 1):
-        round_key = np.uint64(hash_ints(key, number))
-        left, right = right, left ^ (_mix(right + round_key) & mask)
-    return (left << bits) | right
+        left, right = right, left ^ (_mix(right + hash_ints(key, number)) & mask)
+    return (left << half_bits) | right
 
 
 def hash_ints(first: int, second: int) -> int:
     """A 64-bit hash of two integers (each taken modulo 2**64): splitmix64's finalizer over both."""
-    state = np.array([(first + _GOLDEN) & _MASK_64], np.uint64)
-    state = _mix(state) + np.array([(second * _GOLDEN + _GOLDEN) & _MASK_64], np.uint64)
-    return int(_mix(state)[0])
+    state = _mix((first + _GOLDEN) & _MASK_64)
+    return _mix((state + (second + 1) * _GOLDEN) & _MASK_64)
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The splitmix64 finalizer on uint64 arrays, modulo 2**64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+def _mix(value: _Uint64) -> _Uint64:
+    """The splitmix64 finalizer (Steele, Lea and Flood, OOPSLA 2014) of an integer or of a uint64 array."""
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK_64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK_64
+    return value ^ (value >> 31)

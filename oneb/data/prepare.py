@@ -126,7 +126,7 @@ def _encode_documents(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype) -
 
 
 def npy_header(dtype: np.dtype, n_tokens: int) -> bytes:
-    """A .npy version 1.0 header for a 1-D array: 128 bytes whatever the count, so it can be filled in later."""
+    """A .npy version 1.0 header for a 1-D array: 128 bytes for any count, so it can be filled in later."""
     text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({n_tokens},), }}"
     prefix = b"\x93NUMPY\x01\x00"
     n_text = _HEADER_BYTES - len(prefix) - 2

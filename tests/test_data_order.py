@@ -1,0 +1,201 @@
+"""The batch order: each property of the specification, against windows counted one by one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oneb.data.order import BatchOrder, eval_offsets, permute, split_tokens
+from oneb.errors import OnebError
+
+SEQ_LENS = st.sampled_from([1, 3, 4, 8, 12, 16])
+
+
+@st.composite
+def orders(draw, min_train: int = 17) -> BatchOrder:
+    gaps = draw(st.lists(st.integers(1, 12), max_size=3))
+    starts = np.cumsum([0, *gaps]).tolist()
+    return BatchOrder(n_train=draw(st.integers(min_train, 2000)), seed=draw(st.integers(-2**70, 2**70)),
+                      phases=tuple((start, draw(SEQ_LENS)) for start in starts),
+                      batch_sequences=draw(st.integers(1, 7)))
+
+
+def windows(order: BatchOrder, steps: int) -> list[tuple[int, int]]:
+    """(first, last + 1) token read as input by each sequence of the first ``steps`` steps."""
+    return [(offset, offset + order.seq_len(step))
+            for step in range(steps) for offset in order.offsets(step).tolist()]
+
+
+@given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_permutation_is_a_bijection(n, key):
+    assert sorted(permute(np.arange(n), n, key).tolist()) == list(range(n))
+
+
+def test_permutation_of_a_huge_range_needs_only_its_inputs():
+    n = 10**13 + 7
+    inputs = np.arange(n - 1000, n)
+    outputs = permute(inputs, n, 5)
+    assert len(set(outputs.tolist())) == 1000
+    assert outputs.min() >= 0
+    assert outputs.max() < n
+    # one by one or together is the same
+    assert [int(permute(inputs[i:i + 1], n, 5)[0]) for i in range(5)] == outputs[:5].tolist()
+
+
+def test_permutation_looks_random():
+    n = 10_000
+    outputs = permute(np.arange(n), n, key=3)
+    # Neighbours are independent: the correlation of n pairs has standard deviation 1/sqrt(n).
+    assert abs(np.corrcoef(np.arange(n), outputs)[0, 1]) < 5 / np.sqrt(n)
+    assert abs(np.corrcoef(outputs[:-1], outputs[1:])[0, 1]) < 5 / np.sqrt(n)
+    assert np.count_nonzero(outputs == np.arange(n)) < 10  # fixed points: Poisson(1)
+    # Each tenth of the inputs lands evenly over the tenths of the outputs (chi-squared, 81 degrees of
+    # freedom).
+    counts = np.histogram2d(np.arange(n), outputs, bins=10)[0]
+    assert ((counts - n / 100) ** 2 / (n / 100)).sum() < 140
+
+
+@given(order=orders())
+def test_reads_stay_inside_the_training_tokens(order):
+    for step in range(60):
+        offsets = order.offsets(step)
+        assert offsets.dtype == np.int64
+        assert offsets.shape == (order.batch_sequences,)
+        assert offsets.min() >= 0
+        assert offsets.max() + order.seq_len(step) + 1 <= order.n_train
+
+
+@settings(max_examples=200)
+@given(order=orders(min_train=200))
+def test_no_token_is_used_twice_within_an_epoch_over_phase_changes(order):
+    seen = Counter()
+    for first, end in windows(order, _steps_within_first_epoch(order, 100)):
+        seen.update(range(first, end))
+    assert max(seen.values(), default=1) == 1
+
+
+def _steps_within_first_epoch(order: BatchOrder, limit: int) -> int:
+    """Steps whose chunks all lie in epoch 0, from the rule for positions written out anew."""
+    opened, chunk_len = 0, max(t for _, t in order.phases)
+    for index, (start, seq_len) in enumerate(order.phases):
+        end = order.phases[index + 1][0] if index + 1 < len(order.phases) else limit
+        per_chunk = chunk_len // seq_len
+        for step in range(start, min(end, limit)):
+            if (step - start) % per_chunk == 0:
+                opened += order.batch_sequences
+            if opened > (order.n_train - 1) // chunk_len:
+                return step
+    return limit
+
+
+@given(n_train=st.integers(17, 500), seed=st.integers(0, 9), seq_len=st.sampled_from([4, 8, 16]))
+def test_one_epoch_reads_every_chunk_exactly_once(n_train, seed, seq_len):
+    order = BatchOrder(n_train, seed, ((0, seq_len), (10**9, 16)), batch_sequences=1)
+    n_chunks = (n_train - 1) // 16
+    read = sorted(windows(order, n_chunks * 16 // seq_len))
+    shift = read[0][0]
+    assert 0 <= shift <= (n_train - 1) % 16
+    assert read == [(shift + i * seq_len, shift + (i + 1) * seq_len) for i in range(n_chunks * 16 // seq_len)]
+
+
+def test_a_batch_that_straddles_epochs_takes_from_both():
+    order = BatchOrder(n_train=5 * 8 + 1, seed=1, phases=((0, 8),), batch_sequences=3)
+    drawn = np.concatenate([order.offsets(step) for step in range(10)]) // 8
+    for epoch in range(6):
+        assert sorted(drawn[epoch * 5:epoch * 5 + 5].tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_epochs_and_seeds_differ():
+    def epoch_order(seed: int, epoch: int) -> tuple[int, ...]:
+        order = BatchOrder(n_train=100 * 8 + 6, seed=seed, phases=((0, 8),), batch_sequences=100)
+        return tuple(order.offsets(epoch).tolist())
+
+    assert len({epoch_order(seed, epoch) for seed in range(10) for epoch in range(10)}) == 100
+    assert len({min(epoch_order(0, epoch)) for epoch in range(30)}) > 2  # the cuts shift too
+
+
+@given(order=orders(), extra=st.tuples(st.integers(1, 50), SEQ_LENS))
+def test_later_phases_that_are_not_longer_change_nothing_before_them(order, extra):
+    gap, seq_len = extra
+    last = order.phases[-1][0]
+    longest = max(t for _, t in order.phases)
+    longer = BatchOrder(order.n_train, order.seed, (*order.phases, (last + gap, min(seq_len, longest))),
+                        order.batch_sequences)
+    for step in range(last + gap):
+        assert np.array_equal(order.offsets(step), longer.offsets(step))
+
+
+@given(order=orders(), data=st.data())
+def test_a_step_is_a_pure_function(order, data):
+    again = BatchOrder(order.n_train, order.seed, order.phases, order.batch_sequences)
+    steps = data.draw(st.lists(st.integers(0, 10**6), min_size=1, max_size=5))
+    forwards = [order.offsets(step).tolist() for step in steps]
+    assert [again.offsets(step).tolist() for step in reversed(steps)] == forwards[::-1]
+
+
+@given(order=orders(), factor=st.integers(2, 4))
+def test_a_batch_is_the_same_sequences_as_several_smaller_ones(order, factor):
+    """Row b of a step is position c0 + g*B + b, so with one phase a larger batch is a plain regrouping."""
+    seq_len = max(t for _, t in order.phases)
+    small = BatchOrder(order.n_train, order.seed, ((0, seq_len),), order.batch_sequences)
+    large = BatchOrder(order.n_train, order.seed, ((0, seq_len),), order.batch_sequences * factor)
+    parts = [small.offsets(step) for step in range(3 * factor, 4 * factor)]
+    assert np.array_equal(np.concatenate(parts), large.offsets(3))
+
+
+def test_epoch_counts_tokens():
+    order = BatchOrder(n_train=100 * 16 + 1, seed=0, phases=((0, 4), (8, 16)), batch_sequences=5)
+    assert order.epoch(0) == 0
+    assert order.epoch(4) == 0.05  # 4 steps x 5 sequences x 4 tokens of 1600
+    assert order.epoch(8) == 0.10
+    assert order.epoch(8 + 18) == 1.0
+
+
+def test_the_order_never_changes():
+    """Old runs must resume on the same tokens: a change here breaks them all."""
+    order = BatchOrder(n_train=1_000_000, seed=1337, phases=((0, 128), (10, 512)), batch_sequences=8)
+    digest = hashlib.sha256()
+    for step in (0, 1, 9, 10, 11, 400, 10**6):
+        digest.update(order.offsets(step).astype("<i8").tobytes())
+    assert order.offsets(0).tolist() == [162367, 814655, 807487, 467519, 115775, 911935, 423487, 546367]
+    assert digest.hexdigest()[:16] == "0f5184b5aa5b3658"
+
+
+def test_data_shorter_than_a_chunk_is_the_users_mistake():
+    with pytest.raises(OnebError, match="512 tokens; wanted at least 513"):
+        BatchOrder(n_train=512, seed=0, phases=((0, 128), (5, 512)), batch_sequences=1)
+
+
+@given(n_tokens=st.integers(2, 10**12))
+def test_split_is_disjoint_and_covers_all(n_tokens):
+    n_train, n_val = split_tokens(n_tokens)
+    assert n_train + n_val == n_tokens
+    assert 0 <= n_val <= min(10_000_000, n_tokens // 10)
+    assert n_train > 0
+
+
+@pytest.mark.parametrize(("n_tokens", "n_val"), [
+    (100, 10), (1_000_000, 100_000), (10_000_000, 131_072), (100_000_000, 1_000_000),
+    (1_000_000_000, 10_000_000), (10_000_000_000, 10_000_000)])
+def test_split_sizes(n_tokens, n_val):
+    assert split_tokens(n_tokens) == (n_tokens - n_val, n_val)
+
+
+@given(n_val=st.integers(1, 5000), seq_len=st.integers(1, 64), eval_tokens=st.integers(1, 10_000))
+def test_evaluation_windows(n_val, seq_len, eval_tokens):
+    if n_val < seq_len + 1:
+        with pytest.raises(OnebError, match=f"{n_val} tokens; wanted at least {seq_len + 1}"):
+            eval_offsets(1000, n_val, seq_len, eval_tokens)
+        return
+    offsets = eval_offsets(1000, n_val, seq_len, eval_tokens)
+    assert offsets[0] == 1000  # disjoint from training
+    assert (np.diff(offsets) == seq_len).all()  # contiguous, not overlapping
+    assert offsets[-1] + seq_len + 1 <= 1000 + n_val
+    # as many as asked for, or as there are
+    assert len(offsets) * seq_len >= eval_tokens or offsets[-1] + 2 * seq_len + 1 > 1000 + n_val
+    assert (len(offsets) - 1) * seq_len < eval_tokens
