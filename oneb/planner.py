@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from oneb import accounting
-from oneb.config import Config, compute_dtype, device_defaults
+from oneb.config import Config, TrainConfig, compute_dtype, device_defaults
 from oneb.gpus import Gpu
 from oneb.schedules import Phases, format_seq_schedule, reached, seq_len_at, tokens_before
 from oneb.units import format_count, format_gib
@@ -48,8 +48,7 @@ def make_plan(config: Config) -> Plan:
     """Work out the plan of a valid configuration (see :func:`oneb.presets.resolve`)."""
     model, train = config.model, config.train
     phases = _phases(config)
-    longest = max(phase.seq_len for phase in phases)
-    resolved = device_defaults(train, "cuda" if train.device == "auto" else train.device)
+    resolved = replace(config, train=device_defaults(train, "cuda" if train.device == "auto" else train.device))
     parts = accounting.parameter_counts(model)
     return Plan(
         name=config.name,
@@ -61,14 +60,7 @@ def make_plan(config: Config) -> Plan:
         parameters=sum(parts.values()),
         parameters_by_part=parts,
         kv_bytes_per_token=accounting.kv_bytes_per_token(model),
-        memory_bytes=accounting.memory_parts(
-            model,
-            optimizer=config.optim.optimizer,
-            param_dtype=resolved.param_dtype,
-            compute_dtype=compute_dtype(resolved),
-            micro_batch_tokens=train.batch_size * longest,
-            grad_checkpoint=bool(train.grad_checkpoint),
-        ),
+        memory_bytes=memory_estimate(resolved, grad_checkpoint=bool(train.grad_checkpoint)),
     )
 
 
@@ -120,29 +112,32 @@ def plan_lines(plan: Plan, config: Config) -> list[str]:
 def warnings(config: Config) -> list[str]:
     """What a practitioner would ask about a plan that can work."""
     notes = []
-    longest = max(seq_len for _, seq_len in reached(config.train.phases, config.train.steps))
+    longest = longest_seq_len(config.train)
     if longest < config.model.max_seq_len:
         notes.append(f"--block is {config.model.max_seq_len}, and the run never trains past {longest} tokens: "
                      "longer contexts will not be learned")
     return notes
 
 
-def fits(config: Config, gpu_bytes: float, *, grad_checkpoint: bool) -> bool:
-    """Whether the estimate leaves a tenth of ``gpu_bytes`` free at the longest phase of the run.
+def memory_estimate(config: Config, *, grad_checkpoint: bool) -> dict[str, int]:
+    """GPU memory by part, in bytes, at the longest phase that the run reaches.
 
-    ``config.train`` must have its device defaults filled in.
+    ``config.train`` must have its device defaults filled in (:func:`oneb.config.device_defaults`).
     """
     train = config.train
-    longest = max(seq_len for _, seq_len in reached(train.phases, train.steps))
-    parts = accounting.memory_parts(
+    return accounting.memory_parts(
         config.model,
         optimizer=config.optim.optimizer,
         param_dtype=train.param_dtype,
         compute_dtype=compute_dtype(train),
-        micro_batch_tokens=train.batch_size * longest,
+        micro_batch_tokens=train.batch_size * longest_seq_len(train),
         grad_checkpoint=grad_checkpoint,
     )
-    return sum(parts.values()) < 0.9 * gpu_bytes
+
+
+def longest_seq_len(train: TrainConfig) -> int:
+    """The longest sequence that the run reaches, in tokens."""
+    return max(seq_len for _, seq_len in reached(train.phases, train.steps))
 
 
 def mfu(config: Config, tokens_per_s: float, step: int, gpu: Gpu | None) -> float | None:

@@ -1,0 +1,113 @@
+"""Command-line options <-> configuration, both ways, from the fields of :mod:`oneb.config`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from oneb.config import Config, sections
+from oneb.presets import DEFAULT_SIZE, SIZES, resolve
+from oneb.schedules import format_seq_schedule
+from oneb.units import parse_count
+
+_TITLES = {
+    "model": "model",
+    "optim": "optimizer",
+    "data": "data",
+    "train": "training",
+    "run": "run directory and checkpoints",
+    "log": "logging",
+}
+
+
+def count(text: str) -> int:
+    """argparse type for "10B"; argparse turns ValueError's cousins into its own message, so the text is kept."""
+    from oneb.errors import OnebError
+
+    try:
+        return parse_count(text)
+    except OnebError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add every option of a run. Nothing has an argparse default: the namespace holds what was given, no more."""
+    for name, cls in sections().items():
+        group = parser.add_argument_group(_TITLES[name])
+        if name == "model":
+            group.add_argument("--size", choices=tuple(SIZES), default=argparse.SUPPRESS,
+                               help=f"shape preset; explicit widths win (default {DEFAULT_SIZE})")
+        for field in dataclasses.fields(cls):
+            _add_option(group, field)
+        if name == "train":
+            group.add_argument("--train-seq-len", type=int, default=argparse.SUPPRESS, metavar="TOKENS",
+                               help="train at this length where --seq-schedule says nothing (default 1024)")
+            group.add_argument("--target-tokens", type=count, default=argparse.SUPPRESS, metavar="COUNT",
+                               help="train on this many tokens, e.g. 10B: solves for --steps under the schedule")
+
+
+def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+    meta = field.metadata
+    default = field.default
+    if field.name == "phases":
+        default = format_seq_schedule(default)
+    text = meta["help"].replace("%", "%%")
+    if default is not None and "(default" not in text and field.name not in ("n_kv_heads", "sem_dim", "geo_dim", "attn_dim"):
+        shown = {True: "on", False: "off"}.get(default, default) if meta["type"] is bool else default
+        text += f" (default {shown})"
+    arguments: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+    if meta["type"] is bool:
+        group.add_argument(meta["flag"], action=argparse.BooleanOptionalAction, **arguments)
+    elif meta["choices"]:
+        group.add_argument(meta["flag"], choices=meta["choices"], **arguments)
+    else:
+        group.add_argument(meta["flag"], type=meta["type"], metavar=_metavar(meta), **arguments)
+
+
+def _metavar(meta: Any) -> str:
+    return {int: "N", float: "X"}.get(meta["type"], meta["flag"].rsplit("-", 1)[-1].upper())
+
+
+def config_from_args(args: argparse.Namespace) -> Config:
+    """The configuration that parsed options describe.
+
+    Raises:
+        ConfigErrors: every fault of the options, together.
+    """
+    return resolve(vars(args))
+
+
+def config_to_args(config: Config) -> list[list[str]]:
+    """The options that describe ``config``, one list a section: parsing them gives the same configuration back."""
+    lines = []
+    for name in sections():
+        section = getattr(config, name)
+        words: list[str] = []
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            if value is None or field.name in _implied(config):
+                continue
+            flag = field.metadata["flag"]
+            if isinstance(value, bool):
+                words.append(flag if value else "--no-" + flag.removeprefix("--"))
+            else:
+                words += [flag, format_seq_schedule(value) if field.name == "phases" else str(value)]
+        lines.append(words)
+    return lines
+
+
+def _implied(config: Config) -> set[str]:
+    """Widths that the variant fixes, and that its command line therefore does not take."""
+    return {
+        "decoupled": {"n_kv_heads"},
+        "bottleneck": {"n_kv_heads", "sem_dim", "geo_dim"},
+        "baseline": {"n_kv_heads", "sem_dim", "geo_dim", "attn_dim"},
+    }.get(config.model.variant, {"sem_dim", "geo_dim", "attn_dim"})
+
+
+def shell_command(words: Sequence[Sequence[str]]) -> str:
+    """A command over several lines, quoted so that pasting it into a shell runs exactly these words."""
+    return " \\\n  ".join(shlex.join(line) for line in words if line)

@@ -1,0 +1,90 @@
+"""Causal attention for every variant: one call, the best fused kernel of the machine, any head width.
+
+Shapes: q (B, H, T, Dqk), k (B, Hkv, T, Dqk), v (B, Hkv, T, Dv); H a multiple of Hkv. Queries are scaled beforehand.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from oneb.kernels.null_attention import null_attention
+
+# Fused kernels read heads in 16-byte rows, and want queries, keys and values equally wide.
+_HEAD_MULTIPLE = 8
+# Kernels that share key/value heads among query heads by themselves.
+_NATIVE_GQA = ("cudnn", "flash")
+
+SDP_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cpu": SDPBackend.FLASH_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the fastest fused attention here: a key of :data:`SDP_BACKENDS`.
+
+    cuDNN on Hopper and later (1.5-1.7x FlashAttention 2 there), FlashAttention 2 on Ampere and Ada,
+    the memory-efficient kernel on older cards and in fp32, and no fused kernel on mps.
+    """
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda":
+        return "math"
+    major, _ = torch.cuda.get_device_capability(device)
+    if dtype == torch.float32 or major < 8:
+        return "efficient"
+    return "cudnn" if major >= 9 and torch.backends.cudnn.is_available() else "flash"
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, null_k: Tensor | None, null_v: Tensor | None, backend: str
+) -> Tensor:
+    """Causal softmax attention, (B, H, T, Dv); with a null key/value (Hkv, D·) if one is given.
+
+    Args:
+        backend: from :func:`choose_backend`. Without a null key torch's own dispatcher picks the kernel;
+            the trainer restricts it to the same backend.
+    """
+    width = v.shape[-1]
+    wide = -(-max(q.shape[-1], width) // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+    q, k, v, null_k, null_v = (_pad_heads(x, wide) for x in (q, k, v, null_k, null_v))
+    if k.shape[1] != q.shape[1] and backend not in _NATIVE_GQA:
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        if null_k is not None:
+            null_k, null_v = null_k.repeat_interleave(repeats, dim=0), null_v.repeat_interleave(repeats, dim=0)
+    if null_k is not None:
+        out = null_attention(q, k, v, null_k, null_v, backend)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=k.shape[1] != q.shape[1])
+    return out[..., :width]
+
+
+def _pad_heads(x: Tensor | None, width: int) -> Tensor | None:
+    """Zeros up to ``width``: they add nothing to scores, and padded outputs are dropped."""
+    return x if x is None or x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, null_k: Tensor | None, null_v: Tensor | None) -> Tensor:
+    """Attention of the last ``Tq`` positions over ``Tk >= Tq`` cached keys, (B, H, Tq, Dv), in plain torch.
+
+    For generation, where a step has few queries and memory traffic is the cache.
+    """
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    scores = q.float() @ k.float().transpose(-1, -2)  # (B, H, Tq, Tk)
+    n_queries, n_keys = scores.shape[-2:]
+    future = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).triu(n_keys - n_queries + 1)
+    scores = scores.masked_fill(future, float("-inf"))
+    if null_k is not None:
+        null_k, null_v = null_k.repeat_interleave(repeats, dim=0), null_v.repeat_interleave(repeats, dim=0)
+        null_score = (q.float() * null_k.float()[:, None]).sum(-1, keepdim=True)
+        scores = torch.cat([null_score, scores], dim=-1)
+        v = torch.cat([null_v.to(v.dtype).expand(v.shape[0], -1, -1).unsqueeze(2), v], dim=2)
+    return (scores.softmax(-1) @ v.float()).to(q.dtype)

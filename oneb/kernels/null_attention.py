@@ -1,0 +1,142 @@
+"""Causal attention in which every query may also attend to one null key/value: fused, O(T) memory, exact gradients.
+
+Shapes: q (B, H, T, Dqk), k (B, Hkv, T, Dqk), v (B, Hkv, T, Dv), null_k (Hkv, Dqk), null_v (Hkv, Dv); H a multiple
+of Hkv. Scores are plain dot products: scale queries beforehand.
+
+How. A fused kernel returns ``out`` and its log-sum-exp ``lse`` over the real keys. With the null score ``s``,
+
+    full_lse = logaddexp(lse, s),   full_out = out * exp(lse - full_lse) + null_v * exp(s - full_lse)
+
+is the softmax over the real keys and the null key. The trap is the backward: the gradient that reaches ``lse``
+is dropped or refused by the fused kernels. It is not needed. FlashAttention's backward (Dao 2023, arXiv
+2307.08691, algorithm 2) rebuilds ``p = exp(score - lse)`` and ``dscore = p * (dout @ v - rowsum(dout * out))``
+from the ``out`` and ``lse`` that it is given; given the *full* ones, these are exactly the probabilities and score
+gradients of the real keys inside the full softmax. Only the null key's own terms remain, one row each.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+# What a fused forward keeps for its backward besides out and lse: its (unused, dropout-free) random state.
+State = tuple[Tensor, ...]
+
+
+def null_attention(q: Tensor, k: Tensor, v: Tensor, null_k: Tensor, null_v: Tensor, backend: str) -> Tensor:
+    """Attention output (B, H, T, Dv), by the fused kernel named ``backend`` or, without one, by the twin.
+
+    Args:
+        backend: "cudnn", "flash", "efficient" or "cpu"; any other name takes the twin.
+    """
+    if backend not in _FORWARD:
+        return null_attention_twin(q, k, v, null_k, null_v)
+    return _NullAttention.apply(q, k, v, null_k, null_v, backend)
+
+
+def null_attention_twin(q: Tensor, k: Tensor, v: Tensor, null_k: Tensor, null_v: Tensor) -> Tensor:
+    """The same function in plain torch: the null key stands before the sequence as a token that all others see.
+
+    A dummy query keeps the square causal mask; its output is dropped. Runs on every device and backend of SDPA.
+    """
+    batch = q.shape[0]
+    k = torch.cat([null_k.to(k.dtype).expand(batch, -1, -1).unsqueeze(2), k], dim=2)
+    v = torch.cat([null_v.to(v.dtype).expand(batch, -1, -1).unsqueeze(2), v], dim=2)
+    q = F.pad(q, (0, 0, 1, 0))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)[:, :, 1:]
+
+
+class _NullAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, null_k, null_v, backend):
+        out, lse, state = _FORWARD[backend](q, k, v)
+        null_k, null_v = _per_query_head(null_k, q), _per_query_head(null_v, q)
+        score = _null_scores(q, null_k)
+        full_lse = torch.logaddexp(lse, score)
+        kept = (lse - full_lse).exp().unsqueeze(-1)
+        taken = (score - full_lse).exp().unsqueeze(-1)
+        full_out = (out.float() * kept + null_v.float()[:, None] * taken).to(out.dtype)
+        ctx.save_for_backward(q, k, v, null_k, null_v, full_out, full_lse, *state)
+        ctx.backend = backend
+        return full_out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, null_k, null_v, out, lse, *state = ctx.saved_tensors
+        dq, dk, dv = _BACKWARD[ctx.backend](dout, q, k, v, out, lse, state)
+        wide = dout.float()
+        p = (_null_scores(q, null_k) - lse).exp()  # (B, H, T): probability of the null key
+        dscore = p * (wide * (null_v.float()[:, None] - out.float())).sum(-1)
+        dq = dq + (dscore.unsqueeze(-1) * null_k.float()[:, None]).to(dq.dtype)
+        dnull_k = (dscore.unsqueeze(-1) * q.float()).sum((0, 2))
+        dnull_v = (p.unsqueeze(-1) * wide).sum((0, 2))
+        # Query heads that share a null key add up: (H, D) -> (Hkv, D).
+        dnull_k, dnull_v = (d.unflatten(0, (k.shape[1], -1)).sum(1) for d in (dnull_k, dnull_v))
+        return dq, dk, dv, dnull_k.to(null_k.dtype), dnull_v.to(null_v.dtype), None
+
+
+def _per_query_head(null: Tensor, q: Tensor) -> Tensor:
+    """(Hkv, D) -> (H, D)."""
+    return null.repeat_interleave(q.shape[1] // null.shape[0], dim=0)
+
+
+def _null_scores(q: Tensor, null_k: Tensor) -> Tensor:
+    """Each query's score with its head's null key, fp32 (B, H, T)."""
+    return (q.float() * null_k.float()[:, None]).sum(-1)
+
+
+# The fused kernels of torch, each as forward (q, k, v) -> (out, lse (B, H, T), state) and
+# backward (dout, q, k, v, out, lse, state) -> (dq, dk, dv). Causal, no dropout, scale 1.
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, State]:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=1.0)
+    return out, lse, ()
+
+
+def _cpu_backward(dout, q, k, v, out, lse, state):
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, True, scale=1.0)
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, State]:
+    result = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=1.0)
+    return result[0], result[1].squeeze(-1), (result[6], result[7])
+
+
+def _cudnn_backward(dout, q, k, v, out, lse, state):
+    length = q.shape[2]
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse.unsqueeze(-1), *state, None, None, None, length, length, 0.0, True, scale=1.0
+    )
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, State]:
+    result = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=1.0)
+    return result[0], result[1], (result[6], result[7])
+
+
+def _flash_backward(dout, q, k, v, out, lse, state):
+    length = q.shape[2]
+    return aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, lse, None, None, length, length, 0.0, True, *state, scale=1.0
+    )
+
+
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, State]:
+    out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=1.0)
+    return out, lse[:, :, : q.shape[2]], (seed, offset)
+
+
+def _efficient_backward(dout, q, k, v, out, lse, state):
+    # This kernel keeps its log-sum-exp in rows of a multiple of 32.
+    lse = F.pad(lse, (0, -q.shape[2] % 32), value=float("inf"))
+    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, k, v, None, out, lse, *state, 0.0, [True, True, True, False], True, scale=1.0
+    )
+    return dq, dk, dv
+
+
+_FORWARD = {"cpu": _cpu_forward, "cudnn": _cudnn_forward, "flash": _flash_forward, "efficient": _efficient_forward}
+_BACKWARD = {"cpu": _cpu_backward, "cudnn": _cudnn_backward, "flash": _flash_backward, "efficient": _efficient_backward}
