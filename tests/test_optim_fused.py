@@ -1,0 +1,193 @@
+"""The Triton kernels against their twins, bit for bit.
+
+On a machine with CUDA the ``gpu`` tests compare them there. Without, this file runs itself in a second
+process under Triton's interpreter (it must be switched on before Triton is imported), and compiles the
+kernels for the GPUs that matter, since the interpreter accepts more than the compiler does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from oneb.kernels import optimizer_step
+from oneb.optim import LossScaler, build_optimizer, clip_scale, grad_norm
+
+KINDS = ("lion", "adamw")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = (1, 7, 1024, 4099)
+SCALES = (0.37, 1.0, float("nan"), float("inf"), float("-inf"))
+
+needs_triton = pytest.mark.skipif(not optimizer_step.triton_available(), reason="Triton is not installed")
+
+
+def tensors(
+    kind: str, dtype: torch.dtype, grad_dtype: torch.dtype, n: int, device: str,
+) -> list[torch.Tensor]:
+    """Weight, gradient and state with the values that go wrong: zeros, subnormals, exact and huge ones."""
+    generator = torch.Generator().manual_seed(n)
+    special = torch.tensor([0.0, -0.0, 1.0, -0.5, 1e-7, -3e-6, 6e4, -65504.0, 1e-40])
+
+    def mixed(scale: float) -> torch.Tensor:
+        values = torch.randn(n, generator=generator) * scale
+        values[::17] = special.repeat(n // len(special) + 1)[: len(values[::17])]
+        return values
+
+    values = [mixed(0.02).to(dtype), mixed(1.0).to(grad_dtype), mixed(0.1)]
+    if kind == "adamw":
+        values.append(mixed(1.0).square())
+    return [value.to(device) for value in values]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+
+
+def compare(kind: str, dtype: torch.dtype, n: int, device: str) -> None:
+    """Some steps of kernel and twin side by side; every tensor must stay equal in every bit."""
+    settings = {"lr": 1e-3, "betas": (0.9, 0.98), "weight_decay": 0.1}
+    for grad_dtype in {dtype, torch.float32}:
+        plain = tensors(kind, dtype, grad_dtype, n, device)
+        fused = [tensor.clone() for tensor in plain]
+        for step, scale in enumerate(SCALES):
+            before = [tensor.clone() for tensor in plain]
+            extra = {"key": optimizer_step.rounding_key(5, step, 2)}
+            if kind == "adamw":
+                extra |= {"eps": 1e-8, "n_updates": step + 1}
+            grad_scale = torch.tensor(scale, device=device)
+            getattr(optimizer_step, f"{kind}_step_plain")(*plain, grad_scale, **settings, **extra)
+            getattr(optimizer_step, f"{kind}_step_fused")(*fused, grad_scale, **settings, **extra)
+            for one, other, old in zip(plain, fused, before, strict=True):
+                assert torch.equal(bits(one), bits(other)), (kind, dtype, grad_dtype, n, scale)
+                if not grad_scale.isfinite():
+                    assert torch.equal(bits(one), bits(old)), "a skipped step changed something"
+            assert torch.isfinite(plain[0]).all()
+        if n > 1:  # the only element of n = 1 is a zero
+            assert not torch.equal(plain[0], tensors(kind, dtype, grad_dtype, n, device)[0])
+
+
+def compare_all(device: str) -> None:
+    for kind in KINDS:
+        for dtype in DTYPES:
+            for n in SIZES:
+                compare(kind, dtype, n, device)
+
+
+@needs_triton
+def test_kernels_equal_twins_in_the_interpreter():
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.test_optim_fused"], env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "interpreted" in finished.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [75, 90])  # T4; H100 and H200
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_compile_without_fused_multiply_add(kind, capability):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(optimizer_step, f"_{kind}_kernel")
+    if not hasattr(kernel, "params"):
+        pytest.skip("Triton's interpreter is on in this process")
+    for dtype in ("bf16", "fp16"):
+        types = {"param_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "BLOCK": "constexpr"}
+        types |= dict.fromkeys(("n_elements", "key"), "i32")
+        signature = {
+            name: types.get(name, "*fp32" if name.endswith("_ptr") else "fp32") for name in kernel.arg_names
+        }
+        source = ASTSource(kernel, signature, {"BLOCK": 1024})
+        options = {"enable_fp_fusion": False}
+        ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+        assert "fma." not in ptx  # would round once where the twin rounds twice
+        # Nor may subnormals be flushed, which the twin keeps (floor may: below one it is zero anyway).
+        assert not re.search(r"\b(add|sub|mul|div|sqrt)\.[\w.]*ftz", ptx)
+
+
+def training_tensors(fused: bool, kind: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Weights, state and loss scale after a few whole steps on CUDA."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(33, 65), nn.GELU(), nn.Linear(65, 3)).to("cuda", dtype)
+    inputs = torch.randn(16, 33).to("cuda", dtype)
+    optimizer = build_optimizer(
+        model.named_parameters(), kind=kind, betas=(0.9, 0.99), weight_decay=0.1, seed=3, fused=fused,
+    )
+    assert optimizer.fused == fused
+    scaler = LossScaler(dtype == torch.float16, "cuda")
+    previous_mode = torch.cuda.get_sync_debug_mode()
+    for step in range(5):
+        loss = model(inputs).float().square().mean()
+        scaler.scale_loss(loss).backward()
+        if step:  # the first compiles; from then on a wait for the device is an error
+            torch.cuda.set_sync_debug_mode("error")
+        norm = grad_norm(optimizer.params, scaler.inv_scale)
+        optimizer.step(1e-3, step, clip_scale(norm, 1.0, scaler.inv_scale))
+        scaler.update(norm)
+        optimizer.zero_grad()
+        torch.cuda.set_sync_debug_mode(previous_mode)
+    states = [t for state in optimizer.state_dict()["state"].values() for t in state.values()]
+    return [t.detach().cpu() for t in [*optimizer.params, *states, scaler.scale]]
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+class TestOnGpu:
+    @pytest.mark.parametrize("n", [*SIZES, 1_000_003])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_kernel_equals_twin(self, kind, dtype, n):
+        compare(kind, dtype, n, "cuda")
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_training_is_the_same_and_never_waits(self, kind, dtype):
+        fused = training_tensors(True, kind, dtype)
+        plain = training_tensors(False, kind, dtype)
+        for one, other in zip(fused, plain, strict=True):
+            assert torch.equal(one, other)
+
+    def test_twin_on_cpu_equals_twin_on_gpu(self):
+        for kind in KINDS:
+            settings = {"lr": 1e-3, "betas": (0.9, 0.98), "weight_decay": 0.1, "key": 77}
+            if kind == "adamw":
+                settings |= {"eps": 1e-8, "n_updates": 2}
+            bf16 = torch.bfloat16
+            sides = [tensors(kind, bf16, bf16, 4099, device) for device in ("cpu", "cuda")]
+            for side in sides:
+                step = getattr(optimizer_step, f"{kind}_step_plain")
+                step(*side, torch.tensor(0.5, device=side[0].device), **settings)
+            for one, other in zip(*sides, strict=True):
+                assert torch.equal(bits(one), bits(other.cpu()))
+
+    def test_no_kernel_is_compiled_anew_at_a_later_step(self):
+        settings = {"betas": (0.9, 0.98), "weight_decay": 0.1}
+        case = tensors("lion", torch.bfloat16, torch.bfloat16, 4099, "cuda")
+        scale = torch.tensor(1.0, device="cuda")
+
+        def compiled() -> int:
+            (cache, *_), = optimizer_step._lion_kernel.device_caches.values()
+            return len(cache)
+
+        optimizer_step.lion_step_fused(*case, scale, lr=1e-3, key=12345, **settings)
+        count = compiled()
+        for key in (0, 1, 16, 2**31 - 1, 2**31, 2**32 - 1):
+            optimizer_step.lion_step_fused(*case, scale, lr=key * 1e-12, key=key, **settings)
+        assert compiled() == count
+
+
+if __name__ == "__main__":
+    assert not hasattr(optimizer_step._lion_kernel, "device_caches"), "Triton's interpreter is off"
+    compare_all("cpu")
+    print("interpreted")
