@@ -109,17 +109,16 @@ def _read_raw(path: Path) -> np.ndarray:
 
 
 def _read_pt(path: Path) -> np.ndarray:
-    import pickle
-
     import torch
 
-    # Only the zip container (torch >= 1.6) can be mapped; older files are loaded.
+    # Only the zip container (torch >= 1.6) can be mapped; older files are loaded. A damaged pickle
+    # may raise nearly anything, IndexError and AttributeError included.
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OnebError(f"{path} cannot be loaded as one tensor ({reason}); "
-                        "wanted a 1-D integer tensor saved by torch.save") from None
+                        "wanted a 1-D integer tensor saved by torch.save") from error
     if not isinstance(value, torch.Tensor):
         raise OnebError(f"{path} holds a {type(value).__name__}; "
                         "wanted a 1-D integer tensor saved by torch.save")

@@ -1,0 +1,133 @@
+"""The loader is order + read: every batch against slices of the plain array."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import write_npy
+
+from oneb.data.loader import BatchLoader, eval_batches
+from oneb.data.order import BatchOrder, eval_offsets, split_tokens
+from oneb.data.tokens import Tokens, open_tokens
+from oneb.errors import OnebError
+
+VOCAB = 1000
+IDS = np.random.default_rng(0).integers(0, VOCAB, 20_000)
+N_TRAIN, N_VAL = split_tokens(len(IDS))
+ORDER = BatchOrder(N_TRAIN, seed=7, phases=((0, 16), (5, 64)), batch_sequences=6)
+
+
+@pytest.fixture
+def tokens(tmp_path) -> Tokens:
+    for number, part in enumerate(np.split(IDS, [777, 15_001])):
+        write_npy(tmp_path / f"{number}.npy", part)
+    return open_tokens(str(tmp_path), vocab_size=VOCAB)
+
+
+def load(tokens: Tokens, start: int, total: int, order: BatchOrder = ORDER, **options):
+    with BatchLoader(tokens, order, vocab_size=VOCAB, start_step=start, total_steps=total, **options) as loader:
+        return list(loader)
+
+
+def loader_threads() -> int:
+    return sum(thread.name == "oneb-batch-loader" for thread in threading.enumerate())
+
+
+def test_batches_are_the_orders_tokens(tokens):
+    batches = load(tokens, 0, 12)
+    assert [batch.step for batch in batches] == list(range(12))
+    for batch in batches:
+        expected = [IDS[o:o + ORDER.seq_len(batch.step) + 1] for o in ORDER.offsets(batch.step)]
+        assert batch.tokens.dtype == torch.int32
+        assert batch.tokens.is_contiguous()
+        assert np.array_equal(batch.tokens.numpy(), expected)
+        assert batch.seq_len == (16 if batch.step < 5 else 64)
+
+
+@pytest.mark.parametrize("start", [0, 3, 5, 11])
+@pytest.mark.parametrize("prefetch", [1, 4])
+def test_resuming_is_continuing(tokens, start, prefetch):
+    resumed, whole = load(tokens, start, 12, prefetch=prefetch), load(tokens, 0, 12)[start:]
+    assert len(resumed) == len(whole)
+    for ours, theirs in zip(resumed, whole, strict=True):
+        assert ours.step == theirs.step
+        assert torch.equal(ours.tokens, theirs.tokens)
+
+
+def test_ranks_take_rows_of_the_same_batch(tokens):
+    parts = [load(tokens, 4, 8, rows=slice(rank * 2, rank * 2 + 2)) for rank in range(3)]
+    for whole, *ranks in zip(load(tokens, 4, 8), *parts, strict=True):
+        assert torch.equal(torch.cat([batch.tokens for batch in ranks]), whole.tokens)
+
+
+def test_an_id_outside_the_vocabulary_surfaces_at_its_step(tmp_path):
+    path = write_npy(tmp_path / "x.npy", IDS)
+    tokens = open_tokens(str(path), vocab_size=VOCAB)
+    place = 64 + int(ORDER.offsets(8)[3])  # the last target of that row
+    damaged = np.lib.format.open_memmap(path, mode="r+")
+    damaged[place] = VOCAB  # after the file was opened and checked
+    damaged.flush()
+    first_bad = next(step for step in range(9) for offset in ORDER.offsets(step)
+                     if offset <= place <= offset + ORDER.seq_len(step))
+    loader = BatchLoader(tokens, ORDER, vocab_size=VOCAB, start_step=0, total_steps=12)
+    for step in range(first_bad):
+        assert loader.next().step == step
+    with pytest.raises(OnebError, match=f"x.npy: token id {VOCAB} at token offset {place} is outside"):
+        loader.next()
+    assert loader_threads() == 0
+    with pytest.raises(RuntimeError, match="closed"):
+        loader.next()
+
+
+def test_any_error_of_the_thread_reaches_the_caller(tokens):
+    beyond = BatchOrder(10 * len(IDS), seed=0, phases=((0, 64),), batch_sequences=6)
+    with pytest.raises(IndexError, match="of 20000"):
+        load(tokens, 0, 50, beyond)
+    assert loader_threads() == 0
+
+
+def test_closing_stops_a_waiting_thread(tokens):
+    before = loader_threads()
+    loader = BatchLoader(tokens, ORDER, vocab_size=VOCAB, start_step=0, total_steps=10**9)
+    loader.next()
+    assert loader_threads() == before + 1
+    loader.close()
+    loader.close()
+    assert loader_threads() == before
+
+
+def test_wait_is_measured(tokens, monkeypatch):
+    read = tokens.read
+
+    def slow_read(start: int, length: int) -> np.ndarray:
+        time.sleep(0.02)
+        return read(start, length)
+
+    monkeypatch.setattr(tokens, "read", slow_read)
+    with BatchLoader(tokens, ORDER, vocab_size=VOCAB, start_step=0, total_steps=3) as loader:
+        loader.next()
+        assert 0.05 < loader.wait_seconds < 5
+        time.sleep(0.3)
+        loader.next()
+        assert loader.wait_seconds < 0.05  # it was gathered meanwhile
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 1000])
+def test_evaluation_reads_the_same_tokens_whatever_the_micro_batch(tokens, rows):
+    offsets = eval_offsets(N_TRAIN, N_VAL, 32, eval_tokens=1000)
+    batches = list(eval_batches(tokens, offsets, 32, rows, VOCAB))
+    assert {len(batch) for batch in batches[:-1]} <= {rows}
+    got = torch.cat(batches).numpy()
+    assert got.shape == (32, 33)  # 1000 tokens round up to 32 windows
+    assert np.array_equal(got[:, :-1].ravel(), IDS[N_TRAIN:N_TRAIN + 32 * 32])
+    assert np.array_equal(got[:, 1:].ravel(), IDS[N_TRAIN + 1:N_TRAIN + 1 + 32 * 32])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned(tokens):
+    assert all(batch.tokens.is_pinned() for batch in load(tokens, 0, 3, pin_memory=True))

@@ -1,0 +1,275 @@
+"""Text to token files: against a straightforward loop over the same documents."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_helpers import books_parquet
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oneb.cli.prepare import main
+from oneb.data.prepare import npy_header, prepare
+from oneb.data.sidecar import read_sidecar
+from oneb.data.tokenizer import BytesTokenizer, load_tokenizer
+from oneb.data.tokens import open_tokens
+from oneb.errors import OnebError
+
+ROOT = Path(__file__).parents[1]
+
+
+def reference_books(n_tokens: int) -> list[int]:
+    import tiktoken
+
+    encoding = tiktoken.get_encoding("gpt2")
+    ids: list[int] = []
+    for path in books_parquet():
+        for text in pq.read_table(path)["text"].to_pylist():
+            ids += [*encoding.encode(text, disallowed_special=()), encoding.eot_token]
+            if len(ids) >= n_tokens:
+                return ids[:n_tokens]
+    return ids
+
+
+def run(output: Path, *arguments: object) -> int:
+    return main(["--output", str(output), *map(str, arguments)])
+
+
+def in_bytes(*texts: str) -> list[int]:
+    """The documents as the bytes tokenizer must write them."""
+    return [token for text in texts for token in (*text.encode(), 256)]
+
+
+def contents(path: Path) -> list[int]:
+    return np.load(path).tolist()
+
+
+# -- Books ---------------------------------------------------------------------------------------
+
+def test_books_equal_a_plain_loop(books_npy):
+    expected = reference_books(1_000_000)
+    assert contents(books_npy) == expected
+    sidecar = read_sidecar(books_npy)
+    ends = np.flatnonzero(np.array(expected) == 50256)
+    assert sidecar.documents == len(ends) + 1  # the last one is cut
+    assert (sidecar.tokens, sidecar.encoding, sidecar.vocab_size, sidecar.eot) == (1_000_000, "gpt2", 50257, 50256)
+    assert sidecar.max_id == 50256
+    assert sidecar.format == "npy uint16"
+    assert sidecar.sha256 == hashlib.sha256(books_npy.read_bytes()).hexdigest()
+
+
+def test_books_open_without_warnings(books_npy):
+    tokens = open_tokens(str(books_npy), vocab_size=50257)
+    assert tokens.n_tokens == 1_000_000
+    assert tokens.warnings == ()
+    assert load_tokenizer(tokens.encoding).decode(tokens.read(0, 50)) in pq.read_table(
+        books_parquet()[0])["text"][0].as_py()
+
+
+# -- Inputs --------------------------------------------------------------------------------------
+
+@pytest.fixture
+def inputs(tmp_path) -> Path:
+    """A folder with one file of each kind, and the texts "a".."h" in order of name."""
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    table = pa.table({"id": [1, 2, 3, 4], "text": ["a", None, "", "b"]})
+    pq.write_table(table, folder / "1.parquet", row_group_size=3)
+    lines = ['{"text": "c"}', "not json", "[1]", "", '{"body": "x"}', '{"text": 5}', '{"text": ""}', '{"text": "d\\n"}']
+    (folder / "2.jsonl").write_text("\n".join(lines))
+    with gzip.open(folder / "3.jsonl.gz", "wt") as file:
+        file.write('{"text": "é"}\n{"text": "f"}\n')
+    (folder / "4.txt").write_text("g\n")
+    (folder / "sub" / "5.txt").write_text("h")
+    (folder / "notes.md").write_text("not data")
+    return folder
+
+
+TEXTS = ("a", "b", "c", "d\n", "é", "f", "g\n", "h")
+
+
+def test_every_kind_of_input(inputs, tmp_path, capsys):
+    output = tmp_path / "x.npy"
+    assert run(output, "--input", inputs, "--tokenizer", "bytes") == 0
+    assert contents(output) == in_bytes(*TEXTS)
+    assert read_sidecar(output).documents == 8
+    printed = capsys.readouterr().out
+    assert "3 empty, 2 not a JSON object, 2 without the text column" in printed
+    assert "19 tokens (19) of 8 documents" in printed
+
+
+def test_files_and_globs_keep_their_order(inputs, tmp_path):
+    output = tmp_path / "x.npy"
+    assert run(output, "--input", inputs / "sub", inputs / "*.txt", inputs / "3.jsonl.gz",
+               "--tokenizer", "bytes") == 0
+    assert contents(output) == in_bytes("h", "g\n", "é", "f")
+
+
+@pytest.mark.parametrize("n_tokens", range(1, 20))
+def test_the_count_is_exact(inputs, tmp_path, n_tokens):
+    output = tmp_path / "x.npy"
+    assert run(output, "--input", inputs, "--tokenizer", "bytes", "--tokens", n_tokens) == 0
+    expected = in_bytes(*TEXTS)[:n_tokens]
+    assert contents(output) == expected
+    sidecar = read_sidecar(output)
+    assert sidecar.tokens == n_tokens
+    assert sidecar.documents == 1 + expected[:-1].count(256)
+    assert sidecar.max_id == max(expected)
+
+
+def test_input_that_runs_short_is_a_warning_with_the_true_count(inputs, tmp_path, capsys):
+    assert run(tmp_path / "x.npy", "--input", inputs, "--tokenizer", "bytes", "--tokens", 1000) == 0
+    assert "warning: the input held 19 tokens, 981 fewer than the 1000 asked for" in capsys.readouterr().err
+    assert read_sidecar(tmp_path / "x.npy").tokens == 19
+
+
+@given(texts=st.lists(st.text(min_size=1), min_size=1, max_size=8), n_tokens=st.integers(1, 200))
+def test_any_text_in_any_batching(tmp_path_factory, texts, n_tokens):
+    output = tmp_path_factory.getbasetemp() / "any.npy"
+    expected = in_bytes(*texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("oneb.data.prepare._BATCH_CHARS", 5)
+        done = prepare(iter(texts), BytesTokenizer(), output, source="test", n_tokens=n_tokens, force=True)
+    assert contents(output) == expected[:n_tokens]
+    assert done.short_by == max(0, n_tokens - len(expected))
+
+
+def test_a_large_vocabulary_takes_uint32(tmp_path):
+    class Wide(BytesTokenizer):
+        vocab_size = 70_000
+        eot = 69_999
+
+    prepare(["ab"], Wide(), tmp_path / "x.npy", source="test")
+    assert np.load(tmp_path / "x.npy").dtype == np.uint32
+    assert contents(tmp_path / "x.npy") == [97, 98, 69_999]
+    assert read_sidecar(tmp_path / "x.npy").format == "npy uint32"
+
+
+@given(count=st.integers(0, 10**15))
+def test_header_is_numpys_own_format(tmp_path_factory, count):
+    path = tmp_path_factory.getbasetemp() / "header.npy"
+    path.write_bytes(npy_header(np.dtype("<u4"), count))
+    with open(path, "rb") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        assert np.lib.format.read_array_header_1_0(file) == ((count,), False, np.dtype("<u4"))
+        assert file.tell() == 128
+
+
+# -- Mistakes ------------------------------------------------------------------------------------
+
+def fails(capsys, output: Path, *arguments: object) -> str:
+    assert run(output, *arguments) == 2
+    assert not [path for path in output.parent.glob("*") if ".tmp" in path.name]
+    error = capsys.readouterr().err
+    assert "error: " in error
+    return error
+
+
+def test_an_existing_output_is_kept_unless_forced(inputs, tmp_path, capsys):
+    output = tmp_path / "x.npy"
+    assert run(output, "--input", inputs / "4.txt", "--tokenizer", "bytes") == 0
+    before = output.read_bytes()
+    assert "exists already" in fails(capsys, output, "--input", inputs, "--tokenizer", "bytes")
+    (inputs / "1.parquet").write_bytes(b"PAR1 damaged")  # fails half way: the old pair stays
+    assert "not a whole parquet file" in fails(capsys, output, "--input", inputs / "4.txt", inputs / "1.parquet",
+                                               "--tokenizer", "bytes", "--force")
+    assert output.read_bytes() == before
+    assert read_sidecar(output).tokens == 3
+    assert run(output, "--input", inputs / "sub", "--tokenizer", "bytes", "--force") == 0
+    assert contents(output) == in_bytes("h")
+    assert read_sidecar(output).tokens == 2
+
+
+def test_mistakes_are_explained(inputs, tmp_path, capsys):
+    output = tmp_path / "x.npy"
+    assert "needs --tokens" in fails(capsys, output)
+    assert "nothing to read there" in fails(capsys, output, "--input", tmp_path / "none*")
+    assert "wanted a file ending in" in fails(capsys, output, "--input", inputs / "notes.md")
+    assert "ending in .npy" in fails(capsys, tmp_path / "x.bin", "--tokens", "1M")
+    assert "mkdir -p" in fails(capsys, tmp_path / "no" / "x.npy", "--tokens", "1M")
+    assert "the disk has" in fails(capsys, output, "--tokens", "100000T")
+    assert "'lots' is not a count" in fails(capsys, output, "--tokens", "lots")
+    assert "it has id, text" in fails(capsys, output, "--input", inputs / "1.parquet", "--text-column", "body")
+    assert "holds int64, wanted text" in fails(capsys, output, "--input", inputs / "1.parquet",
+                                               "--text-column", "id")
+    assert "the input holds no text" in fails(capsys, output, "--input", inputs / "2.jsonl",
+                                              "--text-column", "none")
+    assert not output.exists()
+
+
+def test_damaged_inputs_are_named(inputs, tmp_path, capsys):
+    output = tmp_path / "x.npy"
+    (inputs / "4.txt").write_bytes(b"caf\xe9")
+    assert "4.txt is not UTF-8 text (byte 3)" in fails(capsys, output, "--input", inputs / "4.txt")
+    zipped = inputs / "3.jsonl.gz"
+    zipped.write_bytes(zipped.read_bytes()[:-12])
+    assert "3.jsonl.gz cannot be read to its end" in fails(capsys, output, "--input", zipped)
+
+
+def test_help_needs_no_packages_and_their_lack_is_explained(tmp_path):
+    command = [sys.executable, "-S", "-E", str(ROOT / "prepare_fineweb.py")]  # -S: without site-packages
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "--text-column" in done.stdout
+    done = subprocess.run([*command, "--output", "x.npy"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "lacks numpy, tiktoken, pyarrow" in done.stderr
+    assert "bash quickstart.sh" in done.stderr
+
+
+# -- Tokenizers ----------------------------------------------------------------------------------
+
+@given(text=st.text())
+def test_tokenizers_round_trip(gpt2_cache, text):
+    for name in ("gpt2", "bytes"):
+        tokenizer = load_tokenizer(name)
+        assert tokenizer.name == name
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == tokenizer.decode(np.array(ids, np.int64)) == text
+        assert tokenizer.eot not in ids
+        assert tokenizer.encode_batch([text, "x"]) == [ids, tokenizer.encode("x")]
+
+
+def test_text_never_ends_a_document(gpt2_cache):
+    for name in ("gpt2", "bytes"):
+        tokenizer = load_tokenizer(name)
+        ids = tokenizer.encode("<|endoftext|>")
+        assert tokenizer.eot not in ids
+        assert tokenizer.decode([*ids, tokenizer.eot]) == "<|endoftext|><|endoftext|>"
+        assert tokenizer.eot == tokenizer.vocab_size - 1
+
+
+def test_bytes_that_are_not_utf8_decode_to_replacements():
+    assert load_tokenizer("bytes").decode([0xC3, 97]) == "\ufffda"
+
+
+def test_unknown_tokenizer():
+    with pytest.raises(OnebError, match="'llama' is not known; wanted one of gpt2, bytes"):
+        load_tokenizer("llama")
+
+
+def test_no_network_and_no_cache_is_explained(tmp_path):
+    """In a process of its own: tiktoken keeps what it has loaded. A proxy that is not there is no network."""
+    code = ("from oneb.data.tokenizer import load_tokenizer\nfrom oneb.errors import OnebError\n"
+            "try:\n    load_tokenizer('gpt2')\nexcept OnebError as error:\n    print(error)")
+    environment = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9",
+                                "https_proxy": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "could not download GPT-2's vocabulary" in done.stdout
+    assert "TIKTOKEN_CACHE_DIR" in done.stdout
+
+
+def test_the_sidecar_is_plain_lines_for_other_programs(inputs, tmp_path):
+    output = tmp_path / "x.npy"
+    assert run(output, "--input", inputs, "--tokenizer", "bytes") == 0
+    meta = dict(line.split(": ", 1) for line in Path(f"{output}.meta").read_text().splitlines())
+    assert " ".join(meta) == "tokens documents encoding vocab_size eot source format sha256 max_id"
+    assert (meta["tokens"], meta["encoding"], meta["eot"]) == ("19", "bytes", "256")
