@@ -53,8 +53,8 @@ def test_mean_is_the_value(dtype, value, sign):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_the_dtype_holds_stays(dtype):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)  # all 65536 bit patterns
-    for step in range(4):
-        noise = element_noise(rounding_key(0, step, 0), 0, 2**16, CPU)
+    extremes = [torch.full((2**16,), word) for word in (0, 2**32 - 1)]
+    for noise in [element_noise(rounding_key(0, 0, 0), 0, 2**16, CPU), *extremes]:
         rounded = stochastic_round(every.float(), dtype, noise)
         numbers = ~every.isnan()
         assert torch.equal(rounded[numbers].view(torch.int16), every[numbers].view(torch.int16))

@@ -9,7 +9,8 @@ other's run. Two things they share:
 * **Stochastic rounding.** At |w| = 0.02 neighbouring bf16 values are 1.2e-4 apart, so most updates
   would round back to the old weight. A 16-bit weight instead rounds up with a probability equal to
   the fraction it would lose, which is right on average (Gupta et al. 2015, arXiv 1502.02551). The
-  noise is a pure function of (seed, step, parameter, element): nothing to save, nothing to resume.
+  noise is a pure function of (seed, step, parameter, element): nothing to save, nothing to resume, and
+  replicas of a model on several GPUs round alike.
 
 All arithmetic is fp32. Weight decay is applied as the papers write it, ``p - lr * (update + wd * p)``:
 ``p * (1 - lr * wd)`` would round ``1 - lr * wd`` to fp32, wrong by several percent once lr * wd < 1e-6.

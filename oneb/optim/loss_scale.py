@@ -13,7 +13,7 @@ from oneb.errors import OnebError
 # (arXiv 1710.03740) with the values torch.amp.GradScaler took over from NVIDIA's Apex.
 INITIAL_SCALE = 2.0**16
 GROWTH_INTERVAL_STEPS = 2000
-# Beyond 2**24 a gain is no longer bounded by underflow but by chance; below 1 scaling is pointless.
+# fp16 reaches down to 2**-24, so this scale saves gradients of 2**-48: more gains nothing.
 MAX_SCALE = 2.0**24
 MIN_SCALE = 1.0
 
