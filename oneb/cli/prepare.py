@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done (also when the input held fewer tokens than asked), 2 a user's mistake."""
+    """Exit code: 0 done (also when the input held fewer tokens than asked), 2 a user's mistake, 130 Ctrl-C."""
     try:
         arguments = build_parser().parse_args(argv)
         _require_packages()
@@ -60,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     except OnebError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\nstopped; {arguments.output} was not written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -46,7 +46,7 @@ def check_output(output: Path, n_tokens: int | None, *, force: bool = False) -> 
     if not folder.is_dir():
         raise OnebError(f"--output {output}: there is no folder {folder.absolute()}; create it with: "
                         f"mkdir -p {folder}")
-    needed, free = 2 * (n_tokens or 0), shutil.disk_usage(folder).free
+    needed, free = 2 * (n_tokens or 0), shutil.disk_usage(folder).free  # uint16, as both tokenizers write
     if needed > free:
         raise OnebError(f"--output {output}: {n_tokens} tokens take {format_gib(needed)}, the disk has "
                         f"{format_gib(free)} free; ask for fewer --tokens or write to another disk")

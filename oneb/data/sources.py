@@ -23,12 +23,11 @@ class HubDataset:
     repo: str
     revision: str
     pattern: str  # of paths inside the repository
-    text_column: str
 
 
 SOURCES = {
     "fineweb-edu": HubDataset("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
-                              "sample/10BT/*.parquet", "text"),
+                              "sample/10BT/*.parquet"),
 }
 
 

@@ -42,8 +42,8 @@ class Tokens:
         n_tokens: tokens in all shards.
         files: their paths, in order (``("demo",)`` for the embedded text).
         encoding: tokenizer name the sidecars give, or None.
-        fingerprint: 16 hex digits that change when the data does, and not when files are moved
-            or renamed; cheap (it reads the head, middle and tail of each file).
+        fingerprint: 16 hex digits that tell data sets apart, whatever the files are called: a hash
+            of each file's size, token count, and 64 KiB at its head, middle and tail.
         warnings: what was taken on trust, one sentence each.
     """
 
