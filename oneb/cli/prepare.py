@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; {arguments.output} was not written", file=sys.stderr)
+        print(f"\nstopped before {arguments.output} was done", file=sys.stderr)
         return 130
     return 0
 
