@@ -94,7 +94,8 @@ def lr_at(step: int, *, schedule: str, peak_lr: float, min_lr: float, warmup_ste
         return peak_lr
     start = warmup_steps
     if schedule == "wsd":
-        start = max(warmup_steps, steps - round(steps * WSD_DECAY_FRACTION))
+        # At least one interval, so that the shortest run ends at min_lr too.
+        start = max(warmup_steps, min(steps - 2, steps - round(steps * WSD_DECAY_FRACTION)))
     # The last update (steps - 1) has progress 1; past the end the rate stays at its minimum.
     progress = min(1.0, max(0.0, (step - start) / max(1, steps - 1 - start)))
     left = {
