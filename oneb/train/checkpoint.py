@@ -1,0 +1,117 @@
+"""Checkpoints: whole or absent, tensors and plain containers only, loaded without running code.
+
+A checkpoint exists once its JSON sidecar does, which is written last and carries the file's size and SHA-256.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from oneb.config import ModelConfig, model_differences, model_from_dict
+from oneb.errors import OnebError
+from oneb.files import fsync_directory, sha256_file, write_json
+from oneb.train.rundir import read_sidecar, sidecar_path
+
+FORMAT = 1
+
+
+def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
+    """Write ``contents`` (with keys step, tokens, best_val_loss and config) to ``path``, then its sidecar.
+
+    An earlier checkpoint of that name stays valid until the new one is whole.
+    """
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **contents}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        write_json(_temporary(sidecar_path(path)), {
+            "step": contents["step"],
+            "tokens": contents["tokens"],
+            "sha256": sha256_file(temporary),
+            "bytes": temporary.stat().st_size,
+            "best_val_loss": contents["best_val_loss"],
+            "model": contents["config"]["model"],
+        })
+        _publish(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def link_checkpoint(source: Path, target: Path) -> None:
+    """Make ``target`` the same checkpoint as ``source``: a hard link, or a copy where links do not exist."""
+    for old, new in ((source, target), (sidecar_path(source), sidecar_path(target))):
+        try:
+            os.link(old, _temporary(new))
+        except OSError:
+            shutil.copyfile(old, _temporary(new))
+    _publish(target)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp{os.getpid()}")
+
+
+def _publish(path: Path) -> None:
+    """Rename a checkpoint's temporary file and sidecar into place, the sidecar last."""
+    for final in (path, sidecar_path(path)):
+        os.replace(_temporary(final), final)
+    fsync_directory(path.parent)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The contents of a checkpoint, tensors mapped from the file on the CPU.
+
+    Raises:
+        OnebError: it is not there, not whole, of another size than its sidecar says, or not made of tensors and
+            plain containers.
+    """
+    sidecar, size = read_sidecar(path), path.stat().st_size
+    if size != sidecar["bytes"]:
+        raise OnebError(f"{path} has {size:,} bytes, its sidecar says {sidecar['bytes']:,}: it is cut short or was "
+                        "overwritten; copy it again, or use an older checkpoint")
+    if sha256_file(path) != sidecar["sha256"]:
+        raise OnebError(f"{path} is damaged: its SHA-256 is not the one in its sidecar; copy it again, or use an "
+                        "older checkpoint")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise OnebError(f"{path} cannot be read as a checkpoint ({error.__class__.__name__}: "
+                        f"{str(error).splitlines()[0]}); use an older one") from error
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise OnebError(f"{path} is not a checkpoint of this program (format {FORMAT}); use one that oneb wrote")
+    return contents
+
+
+def load_weights(model: nn.Module, contents: dict[str, Any], wanted: ModelConfig, path: Path) -> None:
+    """Copy a checkpoint's weights into ``model``.
+
+    Raises:
+        OnebError: naming each difference between the checkpoint's model and ``wanted``.
+    """
+    differences = model_differences(model_from_dict(contents["config"]["model"]), wanted)
+    if differences:
+        raise OnebError(f"{path} holds another model than the one asked for: {'; '.join(differences)}. "
+                        "Give the run's own options")
+    model.load_state_dict(contents["model"])
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of torch's random generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Continue torch's random generators; those of GPUs only where there are as many."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_initialized() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

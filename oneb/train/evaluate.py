@@ -1,0 +1,50 @@
+"""Validation loss on tokens that are always the same, whatever the micro-batch and the sequence length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from oneb.data.loader import eval_batches
+from oneb.data.order import eval_offsets
+from oneb.data.tokens import Tokens
+from oneb.model.transformer import Transformer
+
+# One unit of --eval-iters. Fixed in tokens, so that runs with other batches see the same text.
+EVAL_ITER_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validation tail of the data.
+
+    Attributes:
+        tokens: all of the data.
+        n_train: where the tail begins.
+        n_val: tokens in the tail.
+        eval_tokens: tokens of it that an evaluation predicts, as far as the tail reaches.
+        max_rows: most sequences in one forward pass.
+    """
+
+    tokens: Tokens
+    n_train: int
+    n_val: int
+    eval_tokens: int
+    max_rows: int
+
+    @torch.no_grad()
+    def loss(self, model: Transformer, seq_len: int) -> tuple[float, int]:
+        """(mean loss in nats a token, tokens predicted) in windows of ``seq_len``."""
+        offsets = eval_offsets(self.n_train, self.n_val, seq_len, self.eval_tokens)
+        # A number of rows that divides the windows: a shorter last batch would be another compiled graph.
+        rows = max(r for r in range(1, self.max_rows + 1) if len(offsets) % r == 0)
+        total = torch.zeros((), device=model.device, dtype=torch.float64 if model.device.type != "mps" else None)
+        for batch in eval_batches(self.tokens, offsets, seq_len, rows, model.config.vocab_size):
+            total += model.loss(batch.to(model.device)) * rows
+        return (total / len(offsets)).item(), len(offsets) * seq_len
+
+    def probe(self, seq_len: int, rows: int = 2) -> torch.Tensor:
+        """A few validation windows (rows, seq_len + 1), int32, for analysis."""
+        offsets = eval_offsets(self.n_train, self.n_val, seq_len, rows * seq_len)
+        return next(eval_batches(self.tokens, offsets, seq_len, rows, 2**31))

@@ -1,0 +1,56 @@
+"""What a run records, sent to everything that listens: ``train.jsonl``, the display, W&B."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from oneb.config import Config
+from oneb.inspect.plots import write_plots
+from oneb.inspect.summary import write_summary
+from oneb.train.display import Display, make_display
+from oneb.train.rundir import RunDirectory, read_sidecar
+from oneb.train.sinks import JsonlSink, Sink, WandbSink
+
+
+class Recorder:
+    """Sends each row to every sink."""
+
+    def __init__(self, directory: Path, display: Display, sinks: list[Sink]) -> None:
+        self.directory = directory
+        self.display = display
+        self.sinks = sinks
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Record one row of ``train.jsonl``."""
+        for sink in self.sinks:
+            sink.log(row)
+
+    def message(self, text: str) -> None:
+        """Show, and do not record, what is being waited for."""
+        self.display.message(text)
+
+    def refresh_report(self) -> None:
+        """Redraw the plots and the summary from what is recorded so far."""
+        write_plots(self.directory)
+        write_summary(self.directory)
+
+
+@contextlib.contextmanager
+def open_recorder(config: Config, directory: RunDirectory) -> Iterator[Recorder]:
+    """The sinks that ``config`` asks for; closed when the run ends, whatever ends it."""
+    start_step = read_sidecar(directory.resume_from)["step"] if directory.resume_from else 0
+    with contextlib.ExitStack() as stack:
+        def opened(sink: Any) -> Any:
+            stack.callback(sink.close)
+            return sink
+
+        display = opened(make_display(config.log.live, steps=config.train.steps, start_step=start_step,
+                                      name=directory.path.name, stream=sys.stdout))
+        sinks: list[Sink] = [opened(JsonlSink(directory.path / "train.jsonl", start_step)), display]
+        if config.log.wandb:
+            sinks.append(opened(WandbSink(config, directory.path)))
+        yield Recorder(directory.path, display, sinks)

@@ -1,0 +1,315 @@
+"""The training loop: build, then steps, each phase of which can be read here in order."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+
+from oneb.config import Config
+from oneb.data.loader import Batch, BatchLoader
+from oneb.errors import OnebError
+from oneb.files import write_json
+from oneb.inspect.analysis import analyse
+from oneb.kernels.attention import SDP_BACKENDS
+from oneb.optim import clip_scale, grad_norm
+from oneb.planner import make_plan, mfu
+from oneb.schedules import lr_at, seq_len_at, tokens_before
+from oneb.train import checkpoint
+from oneb.train.clock import StepClock, process_age_s
+from oneb.train.compiles import compiled_graphs
+from oneb.train.rundir import BEST, LAST, RunDirectory, read_sidecar, run_directory
+from oneb.train.setup import Parts, build, describe
+from oneb.train.signals import StopRequest
+from oneb.train.recorder import Recorder, open_recorder
+
+_PROBE_TOKENS = 512  # longest window that an analysis looks at
+_PREFETCH_STEPS = 4
+
+
+def train(config: Config) -> int:
+    """Run ``config`` to its end, or until a signal; returns the exit code.
+
+    Raises:
+        OnebError: a mistake in what was asked for, before the first step wherever it can be known then.
+    """
+    directory = run_directory(config)
+    if directory.skip:
+        print(f"{directory.path}{directory.note}")
+        return 0
+    directory.path.mkdir(parents=True, exist_ok=True)
+    with StopRequest() as stop, open_recorder(config, directory) as recorder:
+        recorder.message(f"run directory: {directory.path}{directory.note}")
+        parts = build(config, recorder.message)
+        trainer = Trainer(parts, directory, recorder, stop)
+        trainer.start()
+        with sdpa_kernel(SDP_BACKENDS[parts.backend]):
+            trainer.run()
+        trainer.finish()
+        return stop.exit_code
+
+
+class Trainer:
+    """One run: its state (step, tokens, best loss; weights and optimizer in ``parts``) and its steps."""
+
+    def __init__(self, parts: Parts, directory: RunDirectory, recorder: Recorder, stop: StopRequest) -> None:
+        self.parts = parts
+        self.config = parts.config
+        self.directory = directory
+        self.recorder = recorder
+        self.stop = stop
+        self.clock = StepClock()
+        self.step = 0
+        self.best_val_loss = math.inf
+        self.evaluated_at = self.saved_at = -1
+        self.graphs = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return tokens_before(self.config.train.phases, self.step, self.config.train.batch_sequences)
+
+    # ---- before the first step
+
+    def start(self) -> None:
+        """Load what is to be continued, and write down what this run is."""
+        if self.directory.resume_from:
+            self._resume(self.directory.resume_from)
+        elif self.config.run.ckpt:
+            path = Path(self.config.run.ckpt)
+            checkpoint.load_weights(
+                self.parts.model, checkpoint.load_checkpoint(path), self.config.model, path
+            )
+        write_json(self.directory.path / "config.json", self.config.to_dict())
+        write_json(self.directory.path / "plan.json", make_plan(self.config).to_dict())
+        self.recorder.log({"type": "meta", "time": time.time(), **describe(self.parts, self.step)})
+        for note in self.parts.notes:
+            self.event("warning", note)
+        if self.directory.resume_from:
+            self.event("resume", f"continues {self.directory.resume_from} at step {self.step}")
+
+    def _resume(self, path: Path) -> None:
+        saved = checkpoint.load_checkpoint(path)
+        parts = self.parts
+        if saved["optimizer"] is None:
+            raise OnebError(f"{path} was saved without optimizer state (best.pt, or --no-save-optim), so it cannot be "
+                            "continued exactly; leave out --resume to start a new run from its weights")
+        if saved["data_fingerprint"] != parts.tokens.fingerprint:
+            raise OnebError(f"--data {self.config.data.path} is not the data that {path} was trained on (fingerprint "
+                            f"{parts.tokens.fingerprint}, the checkpoint has {saved['data_fingerprint']}); give the "
+                            "same file, or leave out --resume to start a new run from its weights")
+        checkpoint.load_weights(parts.model, saved, self.config.model, path)
+        parts.optimizer.load_state_dict(saved["optimizer"])
+        parts.scaler.load_state_dict(saved["scaler"])
+        checkpoint.set_rng_state(saved["rng"])
+        self.step, self.best_val_loss = saved["step"], saved["best_val_loss"]
+        best = self.directory.path / BEST
+        if best.exists() and (found := read_sidecar(best))["step"] <= self.step:
+            # A finished run evaluates after its last save.
+            self.best_val_loss = min(self.best_val_loss, found["best_val_loss"])
+        parts.notes += _changes(saved["config"], self.config.to_dict())
+
+    # ---- the loop
+
+    def run(self) -> None:
+        """Train from the current step to the last one, or until a stop is asked for."""
+        train = self.config.train
+        with self._loader() as loader:
+            seq_len = None
+            self.clock.restart()
+            while self.step < train.steps and not self.stop.signum:
+                batch = loader.next()
+                with self._first_of_its_length(batch.seq_len) if batch.seq_len != seq_len else contextlib.nullcontext():
+                    loss, norm, lr = self.train_step(batch)
+                seq_len = batch.seq_len
+                self.step += 1
+                self.clock.step(loader.wait_seconds)
+                if self.step % self.config.log.log_every == 0 or self.step == train.steps:
+                    self.log_step(loss, norm, lr, seq_len)
+                if self._due(train.eval_every) and self.step < train.steps:
+                    self.evaluate()
+                if self._due(self.config.run.save_every):
+                    self.save_step()
+
+    def train_step(self, batch: Batch) -> tuple[Tensor, Tensor, float]:
+        """One optimizer step; nothing here waits for the device.
+
+        Returns:
+            The whole batch's mean loss and its gradient norm (0-dim device tensors), and the learning rate.
+        """
+        train, optim = self.config.train, self.config.optim
+        model, optimizer, scaler = self.parts.model, self.parts.optimizer, self.parts.scaler
+        tokens = batch.tokens.to(model.device, non_blocking=True)
+        total = torch.zeros((), device=model.device)
+        for micro_batch in tokens.split(train.batch_size):
+            loss = model.loss(micro_batch) / train.grad_accum
+            scaler.scale_loss(loss).backward()
+            total += loss.detach()
+        norm = grad_norm(optimizer.params, scaler.inv_scale)
+        if self._analysis_due(self.step + 1):
+            self.analyse()
+        lr = lr_at(self.step, schedule=optim.lr_schedule, peak_lr=optim.lr, min_lr=optim.min_lr,
+                   warmup_steps=optim.warmup_steps, steps=train.steps)
+        # A norm that is not finite makes this scale NaN, and the optimizer leaves weights and state alone.
+        optimizer.step(lr, self.step, clip_scale(norm, optim.grad_clip, scaler.inv_scale))
+        scaler.update(norm)
+        optimizer.zero_grad()
+        return total, norm, lr
+
+    def _loader(self) -> BatchLoader:
+        return BatchLoader(
+            self.parts.tokens, self.parts.order, vocab_size=self.config.model.vocab_size, start_step=self.step,
+            total_steps=self.config.train.steps, prefetch=_PREFETCH_STEPS, pin_memory=self.parts.device.is_cuda,
+        )
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    @contextlib.contextmanager
+    def _first_of_its_length(self, seq_len: int) -> Iterator[None]:
+        """The first step at a sequence length, which may compile: said beforehand, timed apart from the others."""
+        began = time.perf_counter()
+        first_of_run = self.graphs == 0
+        with self.clock.pause():
+            if self.config.train.compile:
+                self.recorder.message(f"compiling for {seq_len} tokens a sequence (once; about half a minute)")
+            yield
+            self.parts.device.synchronize()
+        seconds = time.perf_counter() - began
+        self.graphs = compiled_graphs() or 1
+        text = f"first step at {seq_len} tokens took {seconds:.1f}s"
+        if first_of_run:
+            text += f", {process_age_s():.1f}s after the command was given"
+        self.event("first_step", text, seconds=seconds, since_start_s=process_age_s(), seq_len=seq_len)
+
+    # ---- what happens beside the steps
+
+    def log_step(self, loss: Tensor, norm: Tensor, lr: float, seq_len: int) -> None:
+        """One train row. Reading the loss is the only time that the host waits for the device."""
+        values = torch.stack([loss, norm, self.parts.scaler.skipped_steps.float()]).tolist()
+        step_s, waited_s = self.clock.read()
+        tok_s = seq_len * self.config.train.batch_sequences / step_s
+        self.recorder.log({
+            "type": "train", "step": self.step, "tokens": self.tokens, "loss": values[0], "lr": lr,
+            "grad_norm": values[1], "seq_len": seq_len, "tok_s": tok_s,
+            "mfu": mfu(self.config, tok_s, self.step - 1, self.parts.device.gpu),
+            "step_ms": step_s * 1e3, "data_ms": waited_s * 1e3, "memory_gib": self.parts.device.peak_gib(),
+            "skipped": int(values[2]), "elapsed_s": process_age_s(),
+        })
+        if self.config.train.compile and (graphs := compiled_graphs()) != self.graphs:
+            self.event("recompile", f"{graphs - self.graphs} graphs were compiled again since the last log row")
+            self.graphs = graphs
+        if not math.isfinite(values[0]):
+            self.event("warning", f"step {self.step} had loss {values[0]} and gradient norm {values[1]}: its update "
+                       "was skipped")
+
+    def evaluate(self) -> None:
+        """Validation loss now; the best so far is kept as ``best.pt``."""
+        with self.clock.pause():
+            began = time.perf_counter()
+            seq_len = seq_len_at(self.config.train.phases, max(0, self.step - 1))
+            self.recorder.message("evaluating")
+            loss, n_tokens = self.parts.validation.loss(self.parts.model, seq_len)
+            self.graphs = compiled_graphs() or self.graphs
+            self.evaluated_at = self.step
+            best = loss < self.best_val_loss
+            self.best_val_loss = min(loss, self.best_val_loss) if math.isfinite(loss) else self.best_val_loss
+            self.recorder.log({
+                "type": "eval", "step": self.step, "tokens": self.tokens, "val_loss": loss,
+                "best_val_loss": self.best_val_loss, "seq_len": seq_len, "eval_tokens": n_tokens,
+                "eval_s": time.perf_counter() - began,
+            })
+            if best:
+                self._save(self.directory.path / BEST, with_optimizer=False)
+
+    def _analysis_due(self, step: int) -> bool:
+        log, every = self.config.log, self.config.log.analysis_every
+        if log.instrument == "off":
+            return False
+        if every == 0 and log.instrument in ("medium", "full"):
+            every = self.config.train.eval_every
+        return every > 0 and step % every == 0
+
+    def analyse(self) -> None:
+        """An analysis row, from the gradients of the step under way."""
+        with self.clock.pause():
+            level = self.config.log.instrument
+            probe = None
+            if level == "full":
+                seq_len = min(_PROBE_TOKENS, self.config.model.max_seq_len)
+                probe = self.parts.validation.probe(seq_len).to(self.parts.model.device)
+            scale = self.parts.scaler.inv_scale.item()
+            row = analyse(self.parts.model, probe, level, grad_scale=scale)
+            self.recorder.log({"type": "analysis", "step": self.step + 1, **row})
+
+    def event(self, name: str, message: str, **details: Any) -> None:
+        """Something that happened once: shown, and recorded."""
+        self.recorder.log({"type": "event", "step": self.step, "event": name, "message": message, **details})
+
+    # ---- saving
+
+    def save_step(self) -> None:
+        """``stepNNNNNNNN.pt``, and ``last.pt`` as the same file."""
+        with self.clock.pause():
+            path = self.directory.path / f"step{self.step:08d}.pt"
+            self._save(path, with_optimizer=self.config.run.save_optim)
+            checkpoint.link_checkpoint(path, self.directory.path / LAST)
+            self.saved_at = self.step
+            self.event("checkpoint", f"saved {path.name}")
+            self.recorder.refresh_report()
+
+    def _save(self, path: Path, *, with_optimizer: bool) -> None:
+        parts = self.parts
+        self.recorder.message(f"saving {path.name}")
+        checkpoint.save_checkpoint(path, {
+            "config": self.config.to_dict(),
+            "model": parts.model.state_dict(),
+            "optimizer": parts.optimizer.state_dict() if with_optimizer else None,
+            "scaler": parts.scaler.state_dict(),
+            "rng": checkpoint.rng_state(),
+            "step": self.step,
+            "tokens": self.tokens,
+            "best_val_loss": self.best_val_loss,
+            "data_fingerprint": parts.tokens.fingerprint,
+            "encoding": parts.encoding,
+        })
+
+    def finish(self) -> None:
+        """Save where the run stands, evaluate a finished one, and write the report."""
+        stopped = self.stop.signum is not None
+        # Saved before the evaluation: whatever happens there, the run is not lost.
+        if self.saved_at != self.step:
+            self._save(self.directory.path / LAST, with_optimizer=self.config.run.save_optim)
+        if not stopped and self.evaluated_at != self.step:
+            self.evaluate()
+        if stopped:
+            self.event("stopped", f"stopped by signal {self.stop.signum} at step {self.step}, saved {LAST}: "
+                       "the same command with --resume continues")
+        else:
+            self.event("finish", f"finished {self.step} steps, {self.tokens:,} tokens")
+        self.recorder.refresh_report()
+
+
+# Options that change nothing about what is computed from a given step on.
+_HARMLESS = {
+    "run", "log", "data.path", "train.device", "train.eval_every", "train.eval_iters", "train.compile",
+    "train.compile_mode", "train.grad_checkpoint", "optim.fused", "model.max_seq_len",
+}
+
+
+def _changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a resumed run does differently from the one it continues, one sentence each."""
+    notes = []
+    for section, values in now.items():
+        for name, value in values.items():
+            before = saved[section].get(name)
+            if value != before and section not in _HARMLESS and f"{section}.{name}" not in _HARMLESS:
+                notes.append(f"{section}.{name} is {value}, the run that is continued had {before}")
+    return notes
