@@ -189,6 +189,20 @@ def test_an_existing_output_is_kept_unless_forced(inputs, tmp_path, capsys):
     assert read_sidecar(output).tokens == 2
 
 
+def test_killed_between_file_and_sidecar_leaves_no_lie(inputs, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "x.npy"
+    assert run(output, "--input", inputs / "4.txt", "--tokenizer", "bytes") == 0
+
+    def stop(path: Path) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("oneb.data.prepare.sha256_file", stop)
+    assert run(output, "--input", inputs, "--tokenizer", "bytes", "--force") == 130
+    assert read_sidecar(output) is None
+    assert open_tokens(str(output), vocab_size=257).n_tokens == 19
+    assert "stopped before" in capsys.readouterr().err
+
+
 def test_mistakes_are_explained(inputs, tmp_path, capsys):
     output = tmp_path / "x.npy"
     assert "needs --tokens" in fails(capsys, output)

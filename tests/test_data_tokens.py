@@ -144,6 +144,9 @@ def test_cut_short(tmp_path):
     assert "not a .npy file" in message(path)
     path.write_bytes(b"")
     assert "empty file" in message(path)
+    header = write_npy(path, IDS).read_bytes()[:128]
+    path.write_bytes(header.replace(b"), }", b"\0, }", 1))  # numpy itself raises tokenize.TokenError here
+    assert "not a .npy file" in message(path)
 
 
 def test_not_npy_at_all(tmp_path):

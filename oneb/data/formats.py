@@ -79,9 +79,9 @@ def _npy_header(path: Path) -> tuple[np.dtype, tuple[int, ...], int]:
             read = {(1, 0): np.lib.format.read_array_header_1_0,
                     (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, _, dtype = read(file)
-        except (ValueError, KeyError, UnicodeDecodeError) as error:
+        except Exception as error:  # numpy lets a damaged header's TokenError and others through
             raise OnebError(f"{path} is not a .npy file ({error}); wanted a 1-D array saved by numpy.save. "
-                            "If it is another format, name it with --data-format") from None
+                            "If it is another format, name it with --data-format") from error
         return dtype, shape, file.tell()
 
 
