@@ -24,7 +24,7 @@ main() {
     "$PYTHON" run_1b_launch.py "${ARGS[@]}" --run
     echo
     echo "== Text from the trained model"
-    "$PYTHON" -m oneb sample --ckpt "$run/last.pt" --prompt "$PROMPT" --max-tokens 200
+    "$PYTHON" -m oneb sample --ckpt "$run/last.pt" --prompt "$PROMPT" --tokens 200
     show_next "$run"
 }
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -120,6 +121,8 @@ def _resolve_train(given: Mapping[str, Any], model: ModelConfig, faults: list[st
                       "the length of the run; give one of them")
         return train
     sequences = max(1, train.batch_sequences)
+    if min(seq_len for _, seq_len in phases) < 1:
+        return train  # reported as out of range; no number of such steps is enough
     return dataclasses.replace(train, steps=steps_for_tokens(phases, given["target_tokens"], sequences))
 
 
@@ -143,7 +146,9 @@ def _resolve_optim(optim: OptimConfig, steps: int) -> OptimConfig:
     """What the optimizer, the rate and the length of the run imply."""
     # Lion's sign update is larger for the same lr, and its papers pair a smaller lr with 3-10x the decay.
     decay = {"lion": 0.5, "adamw": 0.1}[optim.optimizer]
-    derived = {"weight_decay": decay, "warmup_steps": min(2000, -(-steps // 50)), "min_lr": optim.lr / 10}
+    # An lr that find_faults refuses must not bring a second fault with it.
+    min_lr = optim.lr / 10 if 0 < optim.lr < math.inf else 0.0
+    derived = {"weight_decay": decay, "warmup_steps": min(2000, -(-steps // 50)), "min_lr": min_lr}
     return dataclasses.replace(
         optim, **{name: value for name, value in derived.items() if getattr(optim, name) is None}
     )
@@ -169,8 +174,9 @@ def _range_faults(config: Config) -> list[str]:
         (config.run, ("save_every",), lambda v: v >= 0, not_negative),
         (config.log, ("log_every",), lambda v: v >= 1, positive),
         (config.log, ("analysis_every",), lambda v: v >= 0, not_negative),
-        (config.optim, ("lr",), lambda v: v > 0, "must be above 0"),
-        (config.optim, ("weight_decay", "warmup_steps", "min_lr", "grad_clip"), lambda v: v >= 0, not_negative),
+        (config.optim, ("lr",), lambda v: 0 < v < math.inf, "must be above 0, and a number"),
+        (config.optim, ("weight_decay", "warmup_steps", "min_lr", "grad_clip"), lambda v: 0 <= v < math.inf,
+         "must not be negative, and a number"),
     ]
     faults = []
     for section, names, accepts, message in checks:
@@ -192,6 +198,8 @@ def _model_faults(model: ModelConfig) -> list[str]:
         widths = {"--attn-dim": model.attn_dim}
     elif model.variant != "decoupled":
         widths = {"--d-model": model.d_model}
+    elif model.attn_dim == model.sem_dim + model.geo_dim:
+        del widths["--attn-dim"]  # as good as the two it is the sum of
     for flag, width in widths.items():
         if width < model.n_heads or width % model.n_heads:
             below, above = width // model.n_heads * model.n_heads, -(-max(width, 1) // model.n_heads) * model.n_heads

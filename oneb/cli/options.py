@@ -94,7 +94,9 @@ def config_to_args(config: Config) -> list[list[str]]:
             if isinstance(value, bool):
                 words.append(flag if value else "--no-" + flag.removeprefix("--"))
             else:
-                words += [flag, format_seq_schedule(value) if field.name == "phases" else str(value)]
+                text = format_seq_schedule(value) if field.name == "phases" else str(value)
+                # argparse takes a word that begins with a dash for an option, unless it is joined to its own.
+                words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
         lines.append(words)
     return lines
 
