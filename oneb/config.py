@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from oneb.errors import OnebError
 from oneb.schedules import LR_SCHEDULES, Phases
 
 VARIANTS = ("decoupled", "baseline", "gqa", "gqa_kv2", "bottleneck")
@@ -207,7 +208,15 @@ def sections() -> dict[str, type]:
 
 
 def model_from_dict(values: dict[str, Any]) -> ModelConfig:
-    """The model section of a ``config.json`` or checkpoint."""
+    """The model section of a ``config.json`` or checkpoint.
+
+    Raises:
+        OnebError: its fields are not those of this version.
+    """
+    other = set(values) ^ {field.name for field in dataclasses.fields(ModelConfig)}
+    if other:
+        raise OnebError(f"the model was saved by another version of oneb: it and this one differ in the fields "
+                        f"{', '.join(sorted(other))}; use the version that saved it")
     return ModelConfig(**values)
 
 

@@ -15,7 +15,7 @@ class Gpu:
 
     Attributes:
         key: short name on the command line.
-        marks: words that must all occur in the device name that CUDA reports.
+        marks: words that the device name that CUDA reports must all have.
         flops_16bit: peak dense bf16 (fp16 where the card has no bf16) FLOP/s.
         bytes_per_s: memory bandwidth.
         vram_gib: memory, as sold.
@@ -45,8 +45,8 @@ GPUS: tuple[Gpu, ...] = (
     Gpu("l40s", ("L40S",), 362e12, 864e9, 48, "NVIDIA L40S datasheet"),
     Gpu("l40", ("L40",), 181e12, 864e9, 48, "NVIDIA L40 datasheet"),
     Gpu("l4", ("L4",), 121e12, 300e9, 24, "NVIDIA L4 datasheet"),
-    Gpu("a6000-ada", ("6000 Ada",), 364e12, 960e9, 48, "NVIDIA RTX 6000 Ada datasheet"),
-    Gpu("a6000", ("RTX A6000",), 155e12, 768e9, 48, "NVIDIA RTX A6000 datasheet"),
+    Gpu("a6000-ada", ("6000", "Ada"), 364e12, 960e9, 48, "NVIDIA RTX 6000 Ada datasheet"),
+    Gpu("a6000", ("A6000",), 155e12, 768e9, 48, "NVIDIA RTX A6000 datasheet"),
     Gpu("a40", ("A40",), 150e12, 696e9, 48, "NVIDIA A40 datasheet"),
     Gpu("a10", ("A10",), 125e12, 600e9, 24, "NVIDIA A10 datasheet"),
     Gpu("5090", ("5090",), 209.5e12, 1.79e12, 32, "NVIDIA Blackwell GeForce whitepaper, fp32 accumulate"),
@@ -56,12 +56,15 @@ GPUS: tuple[Gpu, ...] = (
     Gpu("t4", ("T4",), 65e12, 320e9, 16, "NVIDIA T4 datasheet, fp16", has_bf16=False),
 )
 
+# Words that make another card of a listed name, such as "RTX 4090 D", unless the entry has them itself.
+_OTHER_CARD = frozenset({"D", "Laptop", "NVL", "SUPER", "Ti"})
+
 
 def find_gpu(device_name: str) -> Gpu | None:
     """The table's entry for a CUDA device name ("NVIDIA H100 80GB HBM3"), or None if it is not listed."""
-    words = device_name.replace("-", " ").replace("_", " ").split()
+    # Whole words: "L40S" contains "L4", and "GB200" contains "B200".
+    words = set(device_name.replace("-", " ").replace("_", " ").split())
     for gpu in GPUS:
-        # Short marks such as "L4" or "T4" must be a word of their own: "L40S" contains "L4".
-        if all(mark in words if len(mark) <= 3 else mark in device_name for mark in gpu.marks):
+        if words.issuperset(gpu.marks) and not (words & _OTHER_CARD).difference(gpu.marks):
             return gpu
     return None

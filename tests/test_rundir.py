@@ -1,0 +1,114 @@
+"""Where a run goes, and which checkpoint it may continue."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from oneb.errors import OnebError
+from oneb.presets import resolve
+from oneb.train.rundir import check_resume, read_sidecar, run_directory, sidecar_path
+
+
+def config(tmp_path: Path, **given):
+    return resolve({"root": str(tmp_path), "path": "demo", "size": "nano", **given})
+
+
+def write_checkpoint(path: Path, model) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"weights")
+    values = {"step": 7, "tokens": 70, "sha256": "0" * 64, "bytes": 7, "best_val_loss": 1.5, "model": model if isinstance(model, dict) else dataclasses.asdict(model)}
+    sidecar_path(path).write_text(json.dumps(values))
+
+
+NAME = "oneb_decoupled_seed1337"
+
+
+def test_the_name_says_tag_variant_and_seed(tmp_path):
+    assert run_directory(config(tmp_path)).path == tmp_path / NAME
+    other = config(tmp_path, tag="mine", variant="gqa", seed=3)
+    assert run_directory(other).path == tmp_path / "mine_gqa_seed3"
+    assert list(tmp_path.iterdir()) == []  # asking creates nothing
+
+
+def test_suffix_takes_the_first_free_number(tmp_path):
+    for expected in (NAME, f"{NAME}_2", f"{NAME}_3", f"{NAME}_4"):
+        directory = run_directory(config(tmp_path))
+        assert directory.path == tmp_path / expected
+        assert directory.resume_from is None
+        assert not directory.skip
+        directory.path.mkdir()
+
+
+def test_error_and_skip(tmp_path):
+    assert run_directory(config(tmp_path, if_exists="error")).path == tmp_path / NAME
+    assert not run_directory(config(tmp_path, if_exists="skip")).skip
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(OnebError, match=r"exists.*--tag"):
+        run_directory(config(tmp_path, if_exists="error"))
+    assert run_directory(config(tmp_path, if_exists="skip")).skip
+
+
+def test_resume_if_there_is_something_to_resume(tmp_path):
+    wanted = config(tmp_path, if_exists="resume")
+    assert run_directory(wanted).resume_from is None
+    (tmp_path / NAME).mkdir()
+    assert run_directory(wanted).resume_from is None
+    (tmp_path / NAME / "last.pt").write_bytes(b"a save that was cut short has no sidecar")
+    assert run_directory(wanted).resume_from is None
+    write_checkpoint(tmp_path / NAME / "last.pt", wanted.model)
+    assert run_directory(wanted).resume_from == tmp_path / NAME / "last.pt"
+    assert run_directory(wanted).path == tmp_path / NAME
+
+
+def test_resume_continues_in_the_same_directory(tmp_path):
+    wanted = config(tmp_path, resume=True)
+    with pytest.raises(OnebError, match="no checkpoint"):
+        run_directory(wanted)
+    write_checkpoint(tmp_path / NAME / "last.pt", wanted.model)
+    assert run_directory(wanted).path == tmp_path / NAME
+    assert run_directory(wanted).resume_from == tmp_path / NAME / "last.pt"
+    named = config(tmp_path, resume=True, ckpt=str(tmp_path / NAME / "step5.pt"))
+    write_checkpoint(tmp_path / NAME / "step5.pt", wanted.model)
+    assert run_directory(named).resume_from == tmp_path / NAME / "step5.pt"
+
+
+def test_a_checkpoint_exists_only_once_its_sidecar_does(tmp_path):
+    checkpoint = tmp_path / "last.pt"
+    with pytest.raises(OnebError, match="no checkpoint at"):
+        read_sidecar(checkpoint)
+    checkpoint.write_bytes(b"weights")
+    with pytest.raises(OnebError, match="cut short"):
+        read_sidecar(checkpoint)
+    for damage in ("", "{", "[]", "null", '{"step": 3}'):
+        sidecar_path(checkpoint).write_text(damage)
+        with pytest.raises(OnebError, match="damaged"):
+            read_sidecar(checkpoint)
+    write_checkpoint(checkpoint, config(tmp_path).model)
+    assert read_sidecar(checkpoint)["step"] == 7
+
+
+@pytest.mark.parametrize("given", [{"resume": True}, {"ckpt": "last.pt"}, {"ckpt": "last.pt", "resume": True}])
+def test_weights_of_another_shape_are_refused_with_every_difference(tmp_path, given):
+    if "ckpt" in given:
+        given = {**given, "ckpt": str(tmp_path / NAME / "last.pt")}
+    write_checkpoint(tmp_path / NAME / "last.pt", config(tmp_path).model)
+    check_resume(config(tmp_path, **given))
+    with pytest.raises(OnebError) as caught:
+        check_resume(config(tmp_path, **given, n_layers=5, null_attn=True))
+    assert "--layers is 5, the checkpoint has 4" in str(caught.value)
+    assert "--null-attn is True, the checkpoint has False" in str(caught.value)
+
+
+def test_a_longer_context_is_no_other_shape(tmp_path):
+    write_checkpoint(tmp_path / NAME / "last.pt", config(tmp_path).model)
+    check_resume(config(tmp_path, resume=True, max_seq_len=512))
+
+
+def test_a_sidecar_of_another_version_is_an_error_and_not_a_crash(tmp_path):
+    wanted = config(tmp_path, resume=True)
+    for model in ({"depth": 3}, {}):
+        write_checkpoint(tmp_path / NAME / "last.pt", model)
+        with pytest.raises(OnebError):
+            check_resume(wanted)
