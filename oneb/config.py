@@ -45,12 +45,14 @@ class ModelConfig:
     n_kv_heads: int = option("--kv-head", "key/value heads; gqa only (default n_heads/4, gqa_kv2: 2)", 32, type=int)
     d_ff: int = option("--d-ff", "hidden width of the SwiGLU feed-forward", 5632, type=int)
     max_seq_len: int = option("--block", "longest context, in tokens", 2048, type=int)
-    sem_dim: int = option("--sem-dim", "query/key width without RoPE; decoupled only (default d_model/16)", 128, type=int)
+    sem_dim: int = option(
+        "--sem-dim", "query/key width without RoPE; decoupled only (default d_model/16)", 128, type=int
+    )
     geo_dim: int = option("--geo-dim", "query/key width with RoPE; decoupled only (default d_model/8)", 256, type=int)
     attn_dim: int = option(
         "--attn-dim", "attention width; bottleneck (default 3/16 d_model), decoupled (sem+geo)", 384, type=int
     )
-    null_attn: bool = option("--null-attn", "let every query also attend to one learned null key/value", False, type=bool)
+    null_attn: bool = option("--null-attn", "let queries also attend to one learned null key/value", False, type=bool)
     tie_qk: bool = option("--tie-qk", "one projection for queries and keys", False, type=bool)
     rope: bool = option("--rope", "rotary position embedding on the geometric part", True, type=bool)
     learned_temp: bool = option("--learned-temp", "learned temperature exp(s) for each head's scores", True, type=bool)
@@ -87,8 +89,12 @@ class OptimConfig:
 
     optimizer: str = option("--optimizer", "optimizer", "lion", choices=("lion", "adamw"))
     lr: float = option("--lr", "peak learning rate", 2e-4, type=float)
-    weight_decay: float | None = option("--weight-decay", "decoupled weight decay (default lion 0.5, adamw 0.1)", type=float)
-    warmup_steps: int | None = option("--warmup-steps", "linear warm-up, in steps (default 2% of the run, at most 2000)", type=int)
+    weight_decay: float | None = option(
+        "--weight-decay", "decoupled weight decay (default lion 0.5, adamw 0.1)", type=float
+    )
+    warmup_steps: int | None = option(
+        "--warmup-steps", "linear warm-up, in steps (default 2% of the run, at most 2000)", type=int
+    )
     lr_schedule: str = option("--lr-schedule", "shape of the rate after warm-up", "cosine", choices=LR_SCHEDULES)
     min_lr: float | None = option("--min-lr", "rate at the last step (default lr/10)", type=float)
     grad_clip: float = option("--grad-clip", "largest global gradient norm; 0 = no clipping", 1.0, type=float)
@@ -154,7 +160,7 @@ class RunConfig:
     if_exists: str = option("--if-exists", "what to do when the run directory is there already", "suffix",
                             choices=("suffix", "skip", "error", "resume"))
     save_every: int = option("--save-every", "steps between step*.pt checkpoints; 0 = only at the end", 0, type=int)
-    save_optim: bool = option("--save-optim", "optimizer state in last.pt and step*.pt, so that they resume", True, type=bool)
+    save_optim: bool = option("--save-optim", "optimizer state in last.pt and step*.pt, to resume from", True, type=bool)
     ckpt: str | None = option("--ckpt", "checkpoint to start from (weights only, or all of it with --resume)")
     resume: bool = option("--resume", "continue --ckpt, or the run directory's last.pt, exactly", False, type=bool)
 

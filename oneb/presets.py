@@ -94,7 +94,7 @@ def _resolve_model(given: Mapping[str, Any], faults: list[str]) -> ModelConfig:
 
 
 def _variant_widths(variant: str, d_model: int, n_heads: int, given: Mapping[str, Any]) -> dict[str, int]:
-    """What a variant means in widths (van Dommelen 2025 for bottleneck and decoupled; Ainslie et al., arXiv 2305.13245, gqa)."""
+    """What a variant means in widths: bottleneck and decoupled, van Dommelen 2025; gqa, Ainslie et al., arXiv 2305.13245."""
     if variant == "decoupled":
         sem = given.get("sem_dim", d_model // 16)
         geo = given.get("geo_dim", d_model // 8)
@@ -224,8 +224,8 @@ def _train_faults(config: Config) -> list[str]:
     train, block = config.train, config.model.max_seq_len
     for start, seq_len in train.phases:
         if seq_len > block:
-            faults.append(f"the sequence schedule asks for {seq_len} tokens at step {start}, more than --block {block}; "
-                          f"give --block {seq_len}, or shorten that phase")
+            faults.append(f"the sequence schedule asks for {seq_len} tokens at step {start}, more than "
+                          f"--block {block}; give --block {seq_len}, or shorten that phase")
         elif seq_len < 1:
             faults.append(f"--train-seq-len {seq_len} must be at least 1")
     if config.optim.min_lr > config.optim.lr:

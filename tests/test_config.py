@@ -231,8 +231,7 @@ def test_no_numbers_are_a_crash(numbers, variant, schedule):
     words += ["--variant", variant, *(["--seq-schedule", schedule] if schedule else [])]
     try:
         config = parse(*words)
-    except ConfigErrors as error:
-        assert error.faults
+    except ConfigErrors:
         return
     assert config.train.steps >= 1
     assert config.model.n_heads % config.model.n_kv_heads == 0
@@ -290,8 +289,9 @@ def configs(draw):
         grad_checkpoint=draw(st.sampled_from([None, True, False])), compile=draw(st.sampled_from([None, True, False])))
     run = RunConfig(**draw(instances(RunConfig, root=TEXT, tag=st.from_regex(r"\A\w[\w.-]{0,9}\Z"), save_every=EVERY,
                                      ckpt=st.none() | TEXT)))
-    log = LogConfig(**draw(instances(LogConfig, log_every=st.integers(1, 99), analysis_every=EVERY, wandb_project=TEXT, **{
-        f"wandb_{name}": st.none() | TEXT for name in ("entity", "name", "group", "tags", "id")})))
+    names = {f"wandb_{name}": st.none() | TEXT for name in ("entity", "name", "group", "tags", "id")}
+    log = LogConfig(**draw(instances(LogConfig, log_every=st.integers(1, 99), analysis_every=EVERY,
+                                     wandb_project=TEXT, **names)))
     return dataclasses.replace(base, model=model, optim=optim, train=train, run=run, log=log,
                                data=dataclasses.replace(base.data, path=draw(TEXT)))
 

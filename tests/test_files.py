@@ -25,9 +25,14 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path, error, befo
     path = tmp_path / "file.txt"
     if before is not None:
         path.write_text(before)
-    with pytest.raises(error), atomic_writer(path, "w") as file:
-        file.write("new, but only half of i")
-        raise error
+
+    def write_half():
+        with atomic_writer(path, "w") as file:
+            file.write("new, but only half of i")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
     assert [p.name for p in tmp_path.iterdir()] == ([] if before is None else ["file.txt"])
     assert before is None or path.read_text() == before
 

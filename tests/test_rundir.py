@@ -18,7 +18,8 @@ def config(tmp_path: Path, **given):
 def write_checkpoint(path: Path, model) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"weights")
-    values = {"step": 7, "tokens": 70, "sha256": "0" * 64, "bytes": 7, "best_val_loss": 1.5, "model": model if isinstance(model, dict) else dataclasses.asdict(model)}
+    shape = model if isinstance(model, dict) else dataclasses.asdict(model)
+    values = {"step": 7, "tokens": 70, "sha256": "0" * 64, "bytes": 7, "best_val_loss": 1.5, "model": shape}
     sidecar_path(path).write_text(json.dumps(values))
 
 

@@ -72,7 +72,7 @@ def launch(args: argparse.Namespace) -> int:
     sys.stdout.flush()
     # The training process takes this one's place: signals and the exit code are its own, and no shell is involved.
     _make_importable()
-    os.execv(interpreter, [word for line in words for word in line])
+    return os.execv(interpreter, [word for line in words for word in line])
 
 
 def _data_notes(config: Config) -> list[str]:
@@ -97,8 +97,8 @@ def _missing_modules() -> list[str]:
 def _check_dependencies(interpreter: str) -> None:
     missing = _missing_modules()
     if missing and interpreter == sys.executable:
-        raise OnebError(f"{interpreter} has no {' and no '.join(missing)}; `bash quickstart.sh` sets everything up, or "
-                        "install PyTorch for your machine and then `python3 -m pip install -r requirements_runtime.txt`")
+        raise OnebError(f"{interpreter} has no {' and no '.join(missing)}; `bash quickstart.sh` sets everything up, "
+                        "or install PyTorch for your machine, then `python3 -m pip install -r requirements_runtime.txt`")
 
 
 def _make_importable() -> None:

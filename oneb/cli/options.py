@@ -55,7 +55,8 @@ def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field) -> Non
     if field.name == "phases":
         default = format_seq_schedule(default)
     text = meta["help"].replace("%", "%%")
-    if default is not None and "(default" not in text and field.name not in ("n_kv_heads", "sem_dim", "geo_dim", "attn_dim"):
+    widths = ("n_kv_heads", "sem_dim", "geo_dim", "attn_dim")  # their defaults depend on the variant
+    if default is not None and "(default" not in text and field.name not in widths:
         shown = {True: "on", False: "off"}.get(default, default) if meta["type"] is bool else default
         text += f" (default {shown})"
     arguments: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
