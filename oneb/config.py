@@ -160,7 +160,7 @@ class RunConfig:
     if_exists: str = option("--if-exists", "what to do when the run directory is there already", "suffix",
                             choices=("suffix", "skip", "error", "resume"))
     save_every: int = option("--save-every", "steps between step*.pt checkpoints; 0 = only at the end", 0, type=int)
-    save_optim: bool = option("--save-optim", "optimizer state in last.pt and step*.pt, to resume from", True, type=bool)
+    save_optim: bool = option("--save-optim", "optimizer state in last.pt and step*.pt, to resume", True, type=bool)
     ckpt: str | None = option("--ckpt", "checkpoint to start from (weights only, or all of it with --resume)")
     resume: bool = option("--resume", "continue --ckpt, or the run directory's last.pt, exactly", False, type=bool)
 

@@ -94,7 +94,7 @@ def _resolve_model(given: Mapping[str, Any], faults: list[str]) -> ModelConfig:
 
 
 def _variant_widths(variant: str, d_model: int, n_heads: int, given: Mapping[str, Any]) -> dict[str, int]:
-    """What a variant means in widths: bottleneck and decoupled, van Dommelen 2025; gqa, Ainslie et al., arXiv 2305.13245."""
+    """A variant in widths: bottleneck and decoupled, van Dommelen 2025; gqa, Ainslie et al. 2023 (arXiv 2305.13245)."""
     if variant == "decoupled":
         sem = given.get("sem_dim", d_model // 16)
         geo = given.get("geo_dim", d_model // 8)

@@ -98,7 +98,7 @@ def _check_dependencies(interpreter: str) -> None:
     missing = _missing_modules()
     if missing and interpreter == sys.executable:
         raise OnebError(f"{interpreter} has no {' and no '.join(missing)}; `bash quickstart.sh` sets everything up, "
-                        "or install PyTorch for your machine, then `python3 -m pip install -r requirements_runtime.txt`")
+                        "or install PyTorch here, then `python3 -m pip install -r requirements_runtime.txt`")
 
 
 def _make_importable() -> None:
