@@ -8,7 +8,7 @@ from typing import Any
 from oneb import accounting
 from oneb.config import Config, TrainConfig, compute_dtype, device_defaults
 from oneb.gpus import Gpu
-from oneb.schedules import Phases, format_seq_schedule, reached, seq_len_at, tokens_before
+from oneb.schedules import Phases, format_seq_schedule, reached, tokens_before
 from oneb.units import format_count, format_gib
 
 
@@ -140,9 +140,6 @@ def longest_seq_len(train: TrainConfig) -> int:
     return max(seq_len for _, seq_len in reached(train.phases, train.steps))
 
 
-def mfu(config: Config, tokens_per_s: float, step: int, gpu: Gpu | None) -> float | None:
-    """Model-FLOP utilisation at the step's sequence length; None on hardware whose peak is not known."""
-    if gpu is None:
-        return None
-    flops = accounting.flops_per_token(config.model, seq_len_at(config.train.phases, step))
-    return tokens_per_s * flops / gpu.flops_16bit
+def mfu(config: Config, tokens_per_s: float, seq_len: int, gpu: Gpu | None) -> float | None:
+    """Model-FLOP utilisation at a sequence length; None on hardware whose peak is not known."""
+    return gpu and tokens_per_s * accounting.flops_per_token(config.model, seq_len) / gpu.flops_16bit

@@ -11,7 +11,9 @@ from oneb.config import ModelConfig
 class LayerCache:
     """One layer's cache: keys (B, K, capacity, D) and values (B, K, capacity, V), filled from the front."""
 
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         shape = (batch, config.n_kv_heads, capacity)
         self.k = torch.empty(*shape, config.qk_head_dim, dtype=dtype, device=device)
         self.v = torch.empty(*shape, config.v_head_dim, dtype=dtype, device=device)
@@ -30,7 +32,9 @@ class LayerCache:
 class KVCache:
     """The caches of all layers."""
 
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.layers = [LayerCache(config, batch, capacity, dtype, device) for _ in range(config.n_layers)]
 
     @property

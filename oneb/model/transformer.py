@@ -76,7 +76,7 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.embedding.to(hidden.dtype))[..., : self.config.vocab_size].float()
 
     def compile(self, mode: str = "default") -> None:
-        """Compile the blocks and the loss head's softmax in place: one graph a sequence length, shared by all blocks."""
+        """Compile the blocks and the loss head's softmax in place; a graph a sequence length serves all blocks."""
         mode = None if mode == "default" else mode
         for block in self.blocks:
             block.compile(mode=mode, dynamic=False)
@@ -117,7 +117,7 @@ def build_model(
 
 @torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
-    """Normal weights (std 0.02; residual outputs smaller with depth), unit norms, neutral temperatures and null tokens."""
+    """Normal weights (std 0.02, residual outputs smaller with depth), unit norms, neutral temperatures and nulls."""
     generator = torch.Generator(model.device).manual_seed(seed)
 
     def normal(weight: Tensor, std: float) -> None:

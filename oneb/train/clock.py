@@ -24,7 +24,7 @@ def process_age_s() -> float:
 
 
 class StepClock:
-    """Mean time a step since the last reading, without what :meth:`pause` covers (evaluation, saving, compiling)."""
+    """Mean time a step since the last reading, without what :meth:`pause` covers (evaluation, saving)."""
 
     def __init__(self) -> None:
         self.restart()
@@ -50,10 +50,14 @@ class StepClock:
         finally:
             self._paused_s += time.perf_counter() - began
 
-    def read(self) -> tuple[float, float]:
-        """(seconds a step, seconds waited for data a step) since the last reading; starts anew."""
-        steps = max(1, self._steps)
-        step_s = (time.perf_counter() - self._began - self._paused_s) / steps
-        waited_s = self._waited_s / steps
+    def read(self) -> tuple[float, float] | None:
+        """(seconds a step, seconds waited for data a step) since the last reading, or None without a step; starts anew.
+
+        Only true if the device has finished what it was asked for.
+        """
+        mean = None
+        if self._steps:
+            step_s = (time.perf_counter() - self._began - self._paused_s) / self._steps
+            mean = (step_s, self._waited_s / self._steps)
         self.restart()
-        return step_s, waited_s
+        return mean

@@ -44,7 +44,7 @@ class Validation:
             total += model.loss(batch.to(model.device)) * rows
         return (total / len(offsets)).item(), len(offsets) * seq_len
 
-    def probe(self, seq_len: int, rows: int = 2) -> torch.Tensor:
-        """A few validation windows (rows, seq_len + 1), int32, for analysis."""
+    def probe(self, model: Transformer, seq_len: int, rows: int = 2) -> torch.Tensor:
+        """A few validation windows (rows, seq_len + 1) on the model's device, int32, for analysis."""
         offsets = eval_offsets(self.n_train, self.n_val, seq_len, rows * seq_len)
-        return next(eval_batches(self.tokens, offsets, seq_len, rows, 2**31))
+        return next(eval_batches(self.tokens, offsets, seq_len, rows, model.config.vocab_size)).to(model.device)

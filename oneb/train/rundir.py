@@ -97,4 +97,4 @@ def check_resume(config: Config) -> None:
     differences = model_differences(model_from_dict(read_sidecar(checkpoint)["model"]), config.model)
     if differences:
         raise OnebError(f"{checkpoint} holds another model than the one asked for: {'; '.join(differences)}. "
-                        "Give the run's own options, or leave out --ckpt and --resume to train this model from the start")
+                        "Give the run's own options, or leave out --ckpt and --resume to train this one from the start")

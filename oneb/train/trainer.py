@@ -25,10 +25,10 @@ from oneb.schedules import lr_at, seq_len_at, tokens_before
 from oneb.train import checkpoint
 from oneb.train.clock import StepClock, process_age_s
 from oneb.train.compiles import compiled_graphs
+from oneb.train.recorder import Recorder, open_recorder
 from oneb.train.rundir import BEST, LAST, RunDirectory, read_sidecar, run_directory
 from oneb.train.setup import Parts, build, describe
 from oneb.train.signals import StopRequest
-from oneb.train.recorder import Recorder, open_recorder
 
 _PROBE_TOKENS = 512  # longest window that an analysis looks at
 _PREFETCH_STEPS = 4
@@ -126,11 +126,14 @@ class Trainer:
             self.clock.restart()
             while self.step < train.steps and not self.stop.signum:
                 batch = loader.next()
-                with self._first_of_its_length(batch.seq_len) if batch.seq_len != seq_len else contextlib.nullcontext():
+                if batch.seq_len == seq_len:
                     loss, norm, lr = self.train_step(batch)
-                seq_len = batch.seq_len
+                    self.clock.step(loader.wait_seconds)
+                else:
+                    seq_len = batch.seq_len
+                    with self._first_of_its_length(seq_len):
+                        loss, norm, lr = self.train_step(batch)
                 self.step += 1
-                self.clock.step(loader.wait_seconds)
                 if self.step % self.config.log.log_every == 0 or self.step == train.steps:
                     self.log_step(loss, norm, lr, seq_len)
                 if self._due(train.eval_every) and self.step < train.steps:
@@ -177,12 +180,12 @@ class Trainer:
         """The first step at a sequence length, which may compile: said beforehand, timed apart from the others."""
         began = time.perf_counter()
         first_of_run = self.graphs == 0
-        with self.clock.pause():
-            if self.config.train.compile:
-                self.recorder.message(f"compiling for {seq_len} tokens a sequence (once; about half a minute)")
-            yield
-            self.parts.device.synchronize()
+        if self.config.train.compile:
+            self.recorder.message(f"compiling for {seq_len} tokens a sequence (once; about half a minute)")
+        yield
+        self.parts.device.synchronize()
         seconds = time.perf_counter() - began
+        self.clock.restart()
         self.graphs = compiled_graphs() or 1
         text = f"first step at {seq_len} tokens took {seconds:.1f}s"
         if first_of_run:
@@ -194,14 +197,10 @@ class Trainer:
     def log_step(self, loss: Tensor, norm: Tensor, lr: float, seq_len: int) -> None:
         """One train row. Reading the loss is the only time that the host waits for the device."""
         values = torch.stack([loss, norm, self.parts.scaler.skipped_steps.float()]).tolist()
-        step_s, waited_s = self.clock.read()
-        tok_s = seq_len * self.config.train.batch_sequences / step_s
         self.recorder.log({
             "type": "train", "step": self.step, "tokens": self.tokens, "loss": values[0], "lr": lr,
-            "grad_norm": values[1], "seq_len": seq_len, "tok_s": tok_s,
-            "mfu": mfu(self.config, tok_s, self.step - 1, self.parts.device.gpu),
-            "step_ms": step_s * 1e3, "data_ms": waited_s * 1e3, "memory_gib": self.parts.device.peak_gib(),
-            "skipped": int(values[2]), "elapsed_s": process_age_s(),
+            "grad_norm": values[1], "seq_len": seq_len, **self._speed(seq_len),
+            "memory_gib": self.parts.device.peak_gib(), "skipped": int(values[2]), "elapsed_s": process_age_s(),
         })
         if self.config.train.compile and (graphs := compiled_graphs()) != self.graphs:
             self.event("recompile", f"{graphs - self.graphs} graphs were compiled again since the last log row")
@@ -209,6 +208,15 @@ class Trainer:
         if not math.isfinite(values[0]):
             self.event("warning", f"step {self.step} had loss {values[0]} and gradient norm {values[1]}: its update "
                        "was skipped")
+
+    def _speed(self, seq_len: int) -> dict[str, float | None]:
+        """Mean of the steps since the last row; None where there was only one that compiled."""
+        if (read := self.clock.read()) is None:
+            return dict.fromkeys(("tok_s", "mfu", "step_ms", "data_ms"))
+        step_s, waited_s = read
+        tok_s = seq_len * self.config.train.batch_sequences / step_s
+        return {"tok_s": tok_s, "mfu": mfu(self.config, tok_s, seq_len, self.parts.device.gpu),
+                "step_ms": step_s * 1e3, "data_ms": waited_s * 1e3}
 
     def evaluate(self) -> None:
         """Validation loss now; the best so far is kept as ``best.pt``."""
@@ -244,7 +252,7 @@ class Trainer:
             probe = None
             if level == "full":
                 seq_len = min(_PROBE_TOKENS, self.config.model.max_seq_len)
-                probe = self.parts.validation.probe(seq_len).to(self.parts.model.device)
+                probe = self.parts.validation.probe(self.parts.model, seq_len)
             scale = self.parts.scaler.inv_scale.item()
             row = analyse(self.parts.model, probe, level, grad_scale=scale)
             self.recorder.log({"type": "analysis", "step": self.step + 1, **row})
