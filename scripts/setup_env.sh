@@ -24,12 +24,12 @@ setup_env() {
         if [[ -n $TORCH_VERSION ]]; then echo "torch==$TORCH_VERSION" > "$constraints"; fi
         while IFS= read -r line; do wanted+=("$line"); done <<< "$missing"
         _announce "installing packages (1 of 2): ${wanted[*]}" \
-            "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$constraints" "${wanted[@]}"
+            "$PYTHON" -m pip install --progress-bar off --disable-pip-version-check -c "$constraints" "${wanted[@]}"
         rm -f "$constraints"
     fi
     if [[ -z $TORCH_VERSION ]]; then
         _announce "installing $ONEB_TORCH (2 of 2; with CUDA this is a large download)" \
-            "$PYTHON" -m pip install --quiet --disable-pip-version-check "$ONEB_TORCH"
+            "$PYTHON" -m pip install --progress-bar off --disable-pip-version-check "$ONEB_TORCH"
         _check_torch
     fi
     _install_command
@@ -40,7 +40,7 @@ _fail() {
     exit 1
 }
 
-# _announce TITLE COMMAND…: run it quietly, with a sign of life every 5 seconds; its output only if it fails.
+# _announce TITLE COMMAND…: run it quietly, with a sign of life every 5 seconds; the end of its output if it fails.
 _announce() {
     local log started=$SECONDS ticker status=0
     log=$(mktemp)
@@ -53,7 +53,7 @@ _announce() {
     wait "$ticker" 2> /dev/null || true
     if ((status)); then
         printf 'failed\n\n'
-        cat "$log" >&2
+        tail -n 30 "$log" >&2
         rm -f "$log"
         _fail "the command above this line failed (exit code $status): $*"
     fi
@@ -143,7 +143,7 @@ if importlib.util.find_spec("torch"):
 _install_command() {
     if [[ $PYTHON != "$_oneb_root/.venv/bin/python" || -e $_oneb_root/.venv/bin/oneb ]]; then return; fi
     if "$PYTHON" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 68)' 2> /dev/null; then
-        _announce "installing the oneb command" "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+        _announce "installing the oneb command" "$PYTHON" -m pip install --progress-bar off --disable-pip-version-check \
             --no-deps --no-build-isolation -e "$_oneb_root"
     fi
 }
