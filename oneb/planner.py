@@ -92,7 +92,7 @@ def plan_lines(plan: Plan, config: Config) -> list[str]:
         lines.append(
             f"         steps {phase.first_step:,}-{phase.first_step + phase.steps - 1:,}: {phase.seq_len} tokens a "
             f"sequence, {phase.tokens_per_step:,} a step, {format_count(phase.tokens)} in all, "
-            f"{phase.flops_per_token / 1e9:.2f} GFLOP a token"
+            f"{phase.flops_per_token / 1e9:.3g} GFLOP a token"
         )
     lines += [
         f"         not reached: {seq_len} tokens from step {start:,} (the run ends at step {plan.steps:,})"

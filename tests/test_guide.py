@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from oneb.cli import launch, prepare, sample
+from oneb.config import VARIANTS
 from oneb.presets import resolve
 
 ROOT = Path(__file__).parents[1]
@@ -84,11 +85,34 @@ def test_the_guide_covers_every_command_of_the_contract():
     assert theirs - ours == set()
 
 
+def plan_of(*words: str):
+    return launch.make_plan(launch.config_from_args(launch.build_parser().parse_args(words)))
+
+
+def test_the_variants_table_is_what_the_planner_counts():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d.]+)B \| ([\d,]+) bytes \|$", (ROOT / "README.md").read_text(), re.M)
+    assert {variant for variant, _, _ in rows} == set(VARIANTS)
+    for variant, billions, kv_bytes in rows:
+        plan = plan_of("--variant", variant)
+        assert (f"{plan.parameters / 1e9:.2f}", f"{plan.kv_bytes_per_token:,}") == (billions, kv_bytes)
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings(path):
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, heading = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.is_file(), target
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+        assert not heading or heading in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
+
+
 def test_even_sizes_of_the_guide_are_even():
     sizes = []
     for command in commands(ROOT / "docs/LAUNCH_1B.md"):
         if "--tag even" in command:
-            args = launch.build_parser().parse_args([w for w in shlex.split(command)[2:] if w != "--run"])
-            sizes.append(launch.make_plan(launch.config_from_args(args)).parameters)
+            sizes.append(plan_of(*[word for word in shlex.split(command)[2:] if word != "--run"]).parameters)
     assert len(sizes) == 3
     assert max(sizes) / min(sizes) < 1.001
