@@ -132,14 +132,14 @@ def test_train_seq_len_alone_is_the_length_trained_at(tmp_path):
     ("--tag ../up", "letters"),
     ("--resume", "--ckpt"),
     ("--ckpt nowhere.pt", "no checkpoint at nowhere.pt"),
-    ("--grad-acum 3", "--grad-acum"),
-    ("--layer 3", "--layer"),
+    ("--grad-acum 3", "did you mean --grad-accum?"),
+    ("--layer 3", "did you mean --layers?"),
 ])
 def test_a_mistake_is_exit_code_2_with_the_fix_and_no_traceback(tmp_path, words, said):
     done = launch(*words.split(), cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr
-    assert "error" in done.stderr
+    assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr + done.stdout
     assert "oneb.train" not in done.stdout
 

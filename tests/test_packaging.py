@@ -3,6 +3,7 @@
 The set-up script runs for real, with pip, on wheels made here: no network.
 """
 
+import argparse
 import importlib
 import importlib.metadata
 import json
@@ -16,6 +17,9 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from oneb.cli.options import add_config_options, config_from_args
+from oneb.planner import make_plan
 
 ROOT = Path(__file__).parents[1]
 BASE_PYTHON = sys._base_executable  # of the environment that runs the tests
@@ -219,3 +223,38 @@ def test_set_up_without_any_python(tmp_path):
     done = machine.set_up()
     assert done.returncode == 1
     assert "no python3 here" in done.stderr
+
+
+# -- The quickstart -------------------------------------------------------------------------------
+
+def test_the_quickstart_trains_samples_and_says_what_is_next(tmp_path):
+    """The whole script, for a few steps."""
+    if sys.prefix == sys.base_prefix:
+        pytest.skip("outside an environment the quickstart would make one")
+    environment = os.environ | {"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    runs = tmp_path / "my runs"
+    done = subprocess.run(
+        ["bash", ROOT / "quickstart.sh", "--steps", "6", "--eval-iters", "1", "--warmup-steps", "2", "--device", "cpu",
+         "--train-seq-len", "32", "--run-root", runs], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    (run,) = runs.iterdir()
+    assert (run / "last.pt").is_file()
+    assert f"== Done. The run is in {run}" in done.stdout
+    assert "\ndef " in done.stdout
+    (next_line,) = re.findall(r"^ *(\S*python\S*) run_1b_launch.py (.*) --run$", done.stdout.split("== Done.")[1], re.M)
+    assert Path(next_line[0]).exists() or shutil.which(next_line[0])
+
+    refused = subprocess.run(["bash", ROOT / "quickstart.sh", "--steps", "0"], capture_output=True, text=True,
+                             timeout=60, env=environment)
+    assert refused.returncode == 2
+    assert "--steps 0" in refused.stderr
+
+
+@pytest.mark.parametrize(("options", "million"), [("NANO", 0.7), ("BILLION", 933)])
+def test_what_the_quickstart_asks_for_is_valid(options, million):
+    script = f'source <(sed -n "/^NANO=/,/^DATA=/p" quickstart.sh); printf "%s\\0" "${{{options}[@]}}"'
+    words = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    parser = argparse.ArgumentParser()
+    add_config_options(parser)
+    plan = make_plan(config_from_args(parser.parse_args(words.split("\0")[:-1])))
+    assert plan.parameters / 1e6 == pytest.approx(million, rel=0.05)

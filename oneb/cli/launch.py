@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from oneb.cli.options import add_config_options, config_from_args, config_to_args, shell_command
+from oneb.cli.options import OptionParser, add_config_options, config_from_args, config_to_args, shell_command
 from oneb.config import DEMO_DATA, Config
 from oneb.errors import OnebError
 from oneb.planner import make_plan, plan_lines, warnings
@@ -29,7 +29,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The launcher's options: those of a run, and ``--run``."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="run_1b_launch.py", description="Plan a ~1B-parameter pretraining run; with --run, start it.",
         epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )

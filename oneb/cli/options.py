@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from oneb.config import Config, sections
 from oneb.presets import DEFAULT_SIZE, SIZES, resolve
@@ -21,6 +22,18 @@ _TITLES = {
     "run": "run directory and checkpoints",
     "log": "logging",
 }
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Mistakes in one line, without the usage of eighty options, and with what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            flags = [action.option_strings[0] for action in self._actions if action.option_strings]
+            meant = [difflib.get_close_matches(word.split("=")[0], flags, 1) for word in message.split()
+                     if word.startswith("--")]
+            message += "".join(f"; did you mean {match[0]}?" for match in meant if match)
+        self.exit(2, f"error: {message} (--help lists every option)\n")
 
 
 def count(text: str) -> int:
