@@ -229,7 +229,7 @@ def test_a_signal_saves_and_the_run_continues(tmp_path, signum):
     process = subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = tmp_path / "oneb_decoupled_seed1337" / "train.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.exists() and '"step": 5,' in log.read_text()):
+    while process.poll() is None and time.monotonic() < deadline and not (log.exists() and '"step": 5,' in log.read_text()):
         time.sleep(0.1)
     process.send_signal(signum)
     output, _ = process.communicate(timeout=60)

@@ -70,6 +70,7 @@ class Trainer:
         self.best_val_loss = math.inf
         self.evaluated_at = self.saved_at = -1
         self.graphs = 0
+        self.skipped = 0
 
     @property
     def tokens(self) -> int:
@@ -108,6 +109,7 @@ class Trainer:
         checkpoint.load_weights(parts.model, saved, self.config.model, path)
         parts.optimizer.load_state_dict(saved["optimizer"])
         parts.scaler.load_state_dict(saved["scaler"])
+        self.skipped = int(parts.scaler.skipped_steps)
         checkpoint.set_rng_state(saved["rng"])
         self.step, self.best_val_loss = saved["step"], saved["best_val_loss"]
         best = self.directory.path / BEST
@@ -205,9 +207,10 @@ class Trainer:
         if self.config.train.compile and (graphs := compiled_graphs()) != self.graphs:
             self.event("recompile", f"{graphs - self.graphs} graphs were compiled again since the last log row")
             self.graphs = graphs
-        if not math.isfinite(values[0]):
-            self.event("warning", f"step {self.step} had loss {values[0]} and gradient norm {values[1]}: its update "
-                       "was skipped")
+        if (skipped := int(values[2])) > self.skipped:
+            self.event("warning", f"{skipped - self.skipped} updates skipped since the last log row: their gradients were "
+                       f"not finite (loss now {values[0]:.4g})")
+            self.skipped = skipped
 
     def _speed(self, seq_len: int) -> dict[str, float | None]:
         """Mean of the steps since the last row; None where there was only one that compiled."""
