@@ -65,7 +65,7 @@ class _NullAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, null_k, null_v, out, lse, *state = ctx.saved_tensors
-        dq, dk, dv = _BACKWARD[ctx.backend](dout, q, k, v, out, lse, state)
+        dq, dk, dv = _fused_backward(dout, q, k, v, out, lse, state, ctx.backend)
         wide = dout.float()
         p = (_null_scores(q, null_k) - lse).exp()  # (B, H, T): probability of the null key
         dscore = p * (wide * (null_v.float()[:, None] - out.float())).sum(-1)
@@ -75,6 +75,28 @@ class _NullAttention(torch.autograd.Function):
         # Query heads that share a null key add up: (H, D) -> (Hkv, D).
         dnull_k, dnull_v = (d.unflatten(0, (k.shape[1], -1)).sum(1) for d in (dnull_k, dnull_v))
         return dq, dk, dv, dnull_k.to(null_k.dtype), dnull_v.to(null_v.dtype), None
+
+
+@torch.library.custom_op("oneb::fused_attention_backward", mutates_args=())
+def _fused_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: list[Tensor], backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) by the fused kernel, each laid out like its input.
+
+    An operator of its own because of ``lse``: the kernels take it for contiguous without looking, and the compiler,
+    which computes it, lays it out as it likes. Inside an operator ``contiguous`` is done, not assumed.
+    """
+    grads = _BACKWARD[backend](dout, q, k, v, out, lse.contiguous(), state)
+    dq, dk, dv = (
+        grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
+        for grad, x in zip(grads, (q, k, v), strict=True)
+    )
+    return dq, dk, dv
+
+
+@_fused_backward.register_fake
+def _(dout, q, k, v, out, lse, state, backend):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _per_query_head(null: Tensor, q: Tensor) -> Tensor:
