@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import statistics
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oneb.files import atomic_writer
-from oneb.inspect.rows import Row, Run, known, phase_rows, read_run
+from oneb.inspect.rows import Row, Run, known, median, phase_rows, read_run
 from oneb.units import format_count
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def loss_figure(run: Run) -> Figure:
     if not finite.all():
         ax.plot(tokens[~finite], np.full((~finite).sum(), 0.015), "x", transform=ax.get_xaxis_transform(), color=_RED,
                 markersize=5, label=f"not finite ({(~finite).sum()}x)", clip_on=False)
-    ax.set_xlim(0, 1.02 * run.tokens)
+    ax.set_xlim(0, 1.02 * max(1, run.tokens))
     ax.margins(y=0.1)
     _mark_resumes(ax, run, "tokens")
     _mark_phases(ax, run, "tokens", lambda seq_len, rows: f"{seq_len:,} tokens")
@@ -109,12 +108,12 @@ def throughput_figure(run: Run) -> Figure:
         # From zero: a speed that halves should look it. The room on top is for the labels.
         ax.set_ylim(0, 1.2 * np.nanmax(values) if np.isfinite(values).any() else None)
         _mark_resumes(ax, run, "step")
-    axes[0].set_xlim(0, 1.02 * run.step)
+    axes[0].set_xlim(0, 1.02 * max(1, run.step))
     axes[0].yaxis.set_major_formatter(lambda x, _: tick_text(x))
     _mark_phases(axes[0], run, "step",
-                 lambda seq_len, rows: f"{seq_len:,} tokens: {_median_text(rows, 'tok_s', format_count)}/s")
+                 lambda seq_len, rows: f"{seq_len:,} tokens: {format_count(median(rows, 'tok_s') or 0)}/s")
     if has_mfu:
-        _mark_phases(axes[1], run, "step", lambda seq_len, rows: _median_text(rows, "mfu", "{:.1%}".format))
+        _mark_phases(axes[1], run, "step", lambda seq_len, rows: f"{median(rows, 'mfu') or 0:.1%}")
     axes[-1].set_xlabel("optimizer step")
     _whole_ticks(axes[-1])
     return figure
@@ -187,11 +186,6 @@ def _speed_text(run: Run) -> str:
         f"peak memory {max(memory):.1f} GiB" if memory else None,
         f"{sum(waited) / sum(took):.1%} waiting for data" if waited and sum(took) else None,
     ]))
-
-
-def _median_text(rows: list[Row], name: str, text: Callable[[float], str]) -> str:
-    values = known(rows, name)
-    return text(statistics.median(values)) if values else "unknown"
 
 
 def _columns(rows: list[Row], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,6 +101,12 @@ def phase_rows(train: list[Row]) -> list[PhaseRows]:
 def known(rows: list[Row], name: str) -> list[float]:
     """The values of ``name`` that are there and are not null."""
     return [row[name] for row in rows if row.get(name) is not None]
+
+
+def median(rows: list[Row], name: str) -> float | None:
+    """The median of :func:`known`; None if nothing is known."""
+    values = known(rows, name)
+    return statistics.median(values) if values else None
 
 
 def _read_json(path: Path, notes: list[str]) -> Row:
