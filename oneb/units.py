@@ -35,14 +35,14 @@ def parse_count(text: str) -> int:
 
 
 def format_count(count: float) -> str:
-    """1_234_567_890 -> "1.23B"; three significant digits, and exact below 1000."""
+    """1_234_567_890 -> "1.23B"; three significant digits, and whole numbers exact below 1000."""
     for suffix in ("T", "B", "M", "K"):
         size = _COUNT_SUFFIXES[suffix]
         if abs(count) >= size:
             scaled = count / size
             decimals = 2 if abs(scaled) < 10 else 1 if abs(scaled) < 100 else 0
             return f"{scaled:.{decimals}f}{suffix}"
-    return f"{count:g}"
+    return f"{count:.0f}" if abs(count) >= 100 else f"{count:.3g}"
 
 
 def format_gib(n_bytes: float) -> str:

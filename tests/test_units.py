@@ -48,6 +48,11 @@ def test_format_count_is_within_its_last_digit(count):
     assert count >= 1000 or shown == count
 
 
+@pytest.mark.parametrize(("count", "text"), [(964.882, "965"), (999.7, "1000"), (0.5, "0.5"), (12.34, "12.3")])
+def test_format_count_of_fractions(count, text):
+    assert format_count(count) == text
+
+
 @given(st.integers(1, 2**50))
 def test_format_gib_is_close_and_in_the_largest_fitting_unit(n_bytes):
     number, unit = format_gib(n_bytes).split()
