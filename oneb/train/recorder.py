@@ -33,10 +33,18 @@ class Recorder:
         """Show, and do not record, what is being waited for."""
         self.display.message(text)
 
-    def refresh_report(self) -> None:
+    def refresh_report(self, step: int) -> None:
         """Redraw the plots and the summary from what is recorded so far."""
-        write_plots(self.directory)
-        write_summary(self.directory)
+        try:
+            write_plots(self.directory)
+            write_summary(self.directory)
+        except Exception as error:  # fallback: a run of days must not end because of a picture of it
+            self.warn(step, f"the report could not be written ({type(error).__name__}: {error}); "
+                      f"`oneb report {self.directory}` tries again")
+
+    def warn(self, step: int, message: str) -> None:
+        """Record and show something that is not as it was meant to be, and that the run goes on without."""
+        self.log({"type": "event", "step": step, "event": "warning", "message": message})
 
 
 @contextlib.contextmanager
@@ -51,6 +59,11 @@ def open_recorder(config: Config, directory: RunDirectory) -> Iterator[Recorder]
         display = opened(make_display(config.log.live, steps=config.train.steps, start_step=start_step,
                                       name=directory.path.name, stream=sys.stdout))
         sinks: list[Sink] = [opened(JsonlSink(directory.path / "train.jsonl", start_step)), display]
+        recorder = Recorder(directory.path, display, sinks)
         if config.log.wandb:
-            sinks.append(opened(WandbSink(config, directory.path)))
-        yield Recorder(directory.path, display, sinks)
+            recorder.message("connecting to W&B")
+            charts = opened(WandbSink(config, directory.path))
+            sinks.append(charts)
+            if charts.warning:
+                recorder.warn(start_step, charts.warning)
+        yield recorder

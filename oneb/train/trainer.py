@@ -274,7 +274,7 @@ class Trainer:
             checkpoint.link_checkpoint(path, self.directory.path / LAST)
             self.saved_at = self.step
             self.event("checkpoint", f"saved {path.name}")
-            self.recorder.refresh_report()
+            self.recorder.refresh_report(self.step)
 
     def _save(self, path: Path, *, with_optimizer: bool) -> None:
         parts = self.parts
@@ -305,7 +305,7 @@ class Trainer:
                        "the same command with --resume continues")
         else:
             self.event("finish", f"finished {self.step} steps, {self.tokens:,} tokens")
-        self.recorder.refresh_report()
+        self.recorder.refresh_report(self.step)
 
 
 # Options that change nothing about what is computed from a given step on.
