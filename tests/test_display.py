@@ -10,7 +10,8 @@ import pytest
 
 from oneb.errors import OnebError
 from oneb.train.dashboard import sparkline
-from oneb.train.display import LineDisplay, PlainDisplay, Progress, QuietDisplay, bar, fit, make_display
+from oneb.train.display import LineDisplay, PlainDisplay, QuietDisplay, make_display
+from oneb.train.screen import Progress, bar, fit
 
 
 class Terminal(io.StringIO):

@@ -148,8 +148,9 @@ def test_the_summary_tells_what_a_comparison_needs(tmp_path):
     text = write_summary(run_dir).read_text()
     for part in ("Finished: 400 steps, 38.4K tokens, 3m 20s", "| validation | 2.8000 | 2.8000 (step 400", "928,000,000",
                  "5.6 G (at 64), 5.8 G (at 128)", "33,792 bytes", "same shape is not the same size", "47.0%",
-                 "41.2 GiB", "NVIDIA H200, torch 2.11", "0.38 passes", "![loss](loss.png)", "![throughput](throughput.png)",
-                 "warning: odd", "continues last.pt", "not finite: 1", "oneb sample --ckpt"):
+                 "41.2 GiB", "NVIDIA H200, torch 2.11", "0.38 passes", "![loss](loss.png)",
+                 "![throughput](throughput.png)", "warning: odd", "continues last.pt", "not finite: 1",
+                 "oneb sample --ckpt"):
         assert part in text, part
     assert "--resume" not in text  # nothing is left to do
     assert "saved" not in text

@@ -11,7 +11,7 @@ from oneb.config import RunConfig
 from oneb.files import write_text
 from oneb.inspect.plots import LOSS_PLOT, THROUGHPUT_PLOT
 from oneb.inspect.rows import Row, Run, known, median, phase_rows, read_run
-from oneb.units import format_count, format_duration, format_gib
+from oneb.units import format_count, format_duration
 
 SUMMARY_FILE = "summary.md"
 _LAST_ROWS = 20
@@ -74,15 +74,15 @@ def _model(run: Run) -> str:
     meta = run.meta
     if not meta:
         return ""
-    flops = ", ".join(f"{value / 1e9:.4g} G (at {length})" for length, value in meta["flops_per_token"].items())
+    flops = ", ".join(f"{value / 1e9:.3g} G (at {length})" for length, value in meta["flops_per_token"].items())
     best = min(known(run.evals, "val_loss"), default=None)
     return "\n".join([
         "## Model",
         "",
         "| variant | parameters | FLOPs a token | KV cache a token | best validation loss |",
         "|---|---|---|---|---|",
-        f"| {meta['variant']} | {meta['parameters']:,} | {flops} | {format_gib(meta['kv_bytes_per_token'])} "
-        f"({meta['kv_bytes_per_token']:,} bytes) | {'-' if best is None else f'{best:.4f}'} |",
+        f"| {meta['variant']} | {meta['parameters']:,} | {flops} | "
+        f"{meta['kv_bytes_per_token']:,} bytes | {'-' if best is None else f'{best:.4f}'} |",
         "",
         "The same shape is not the same size: a variant with fewer parameters also computes less for each token. "
         "Read a loss beside these figures.",
