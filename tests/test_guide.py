@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from oneb.cli import launch, prepare, sample
+from oneb.cli import launch, prepare, report, sample
 from oneb.config import VARIANTS
 from oneb.presets import resolve
 
@@ -67,6 +67,8 @@ def test_the_command_works(command, capsys):
         assert prepare.build_parser().parse_args(words[1:]).output
     elif program == "-m oneb sample":
         assert sample.build_parser().parse_args(words[3:]).ckpt
+    elif program == "-m oneb report":
+        assert report.build_parser().parse_args(words[3:]).run_dir
     else:
         pytest.fail(f"nothing here knows how to check {program!r}")
 

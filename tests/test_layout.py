@@ -121,7 +121,7 @@ CATCHES_ALL_AND_HANDS_ON = {"oneb/data/loader.py"}
 
 
 def test_nothing_is_caught_and_forgotten():
-    """A bare ``except``, or one of Exception, raises in turn; or its line says why it is a fallback that is reported."""
+    """A bare ``except``, or one of Exception, raises in turn, or its line says why it is a fallback (and reported)."""
     forgotten = []
     for path in FILES:
         source = (ROOT / path).read_text()
