@@ -30,8 +30,8 @@ def lines_of(guide: Path) -> list[list[str]]:
     """The launcher's options of each command in the guide's code blocks, without repeats."""
     text = re.sub(r"\\+\n", " ", guide.read_text(encoding="utf-8"))
     found = re.findall(r"^[ !]*python\w* run_1b_launch\.py (.*)$", text, flags=re.MULTILINE)
-    unique = dict.fromkeys(tuple(word for word in shlex.split(line, comments=True) if word != "--run") for line in found)
-    return [list(words) for words in unique]
+    lines = [shlex.split(line, comments=True) for line in found]
+    return [list(words) for words in dict.fromkeys(tuple(w for w in line if w != "--run") for line in lines)]
 
 
 def shortened(words: list[str], data: str, root: Path) -> list[str]:
@@ -90,7 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("guide", type=Path)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--jobs", type=int, default=1, help="lines at once on the one GPU (figures of speed then mean little)")
+    parser.add_argument("--jobs", type=int, default=1, help="lines at once on the one GPU (speeds then mean little)")
     parser.add_argument("--run-root", type=Path, default=Path("/tmp/oneb_guide"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

@@ -38,7 +38,8 @@ class Meter:
     @contextlib.contextmanager
     def running(self) -> Iterator[Meter]:
         """Sample while the body runs; without nvidia-smi there are no samples."""
-        query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "500", "-i", "0"]
+        query = ["nvidia-smi", "-i", "0", "-lms", "500", "--query-gpu=clocks.sm,power.draw",
+                 "--format=csv,noheader,nounits"]
         try:
             process = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
         except FileNotFoundError:

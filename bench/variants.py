@@ -15,8 +15,8 @@ from runs import Meter, figures, launch, save, table
 
 VARIANTS = ("baseline", "gqa", "gqa_kv2", "bottleneck", "decoupled")
 COLUMNS = {
-    "variant": "", "parameters": ",", "kv_bytes_per_token": ",", "train_loss": ".3f", "val_loss": ".3f", "tok_s": ",.0f",
-    "mfu": ".1%", "memory_gib": ".1f", "first_step_s": ".1f", "clock_mhz": ".0f", "watts": ".0f",
+    "variant": "", "parameters": ",", "kv_bytes_per_token": ",", "train_loss": ".3f", "val_loss": ".3f",
+    "tok_s": ",.0f", "mfu": ".1%", "memory_gib": ".1f", "first_step_s": ".1f", "clock_mhz": ".0f", "watts": ".0f",
     "tokens_per_joule": ".1f", "skipped": "", "recompiles": "",
 }
 

@@ -1,4 +1,4 @@
-"""Attention written out from the definitions, in fp64, one head and one query at a time. Shares no code with oneb.model."""
+"""Attention written out from the definitions, in fp64, a head and a query at a time; shares no code with oneb.model."""
 
 import math
 

@@ -8,8 +8,8 @@ from oneb.kernels.attention import SDP_BACKENDS, causal_attention, choose_backen
 
 pytestmark = pytest.mark.gpu
 
-BACKENDS = [("cudnn", torch.bfloat16), ("flash", torch.bfloat16), ("flash", torch.float16), ("efficient", torch.float32),
-            ("efficient", torch.float16)]
+BACKENDS = [("cudnn", torch.bfloat16), ("flash", torch.bfloat16), ("flash", torch.float16),
+            ("efficient", torch.float32), ("efficient", torch.float16)]
 # (query heads, key/value heads, tokens, query/key width, value width)
 SHAPES = [(4, 4, 128, 64, 64), (8, 2, 257, 64, 64), (4, 4, 1000, 12, 12), (4, 4, 33, 16, 8), (8, 1, 96, 128, 128)]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -65,7 +64,8 @@ def test_a_run_learns_and_writes_what_the_guide_promises(tmp_path):
                                    "data_ms", "memory_gib"}
     assert [row["step"] for row in train_rows] == list(range(1, 41))
     assert train_rows[-1]["tokens"] == 40 * 8 * 64
-    assert train_rows[0]["loss"] == pytest.approx(5.55, abs=0.15)  # ln(257): a uniform guess
+    # Near ln(257) = 5.55, and below it: tied embeddings lean towards repeating a token, and code repeats spaces.
+    assert 4.9 < train_rows[0]["loss"] < 5.6
     assert train_rows[-1]["loss"] < 3.6
     assert sorted(val_losses(rows)) == [5, 10, 15, 20, 25, 30, 35, 40]
     sidecar = json.loads((directory / "last.pt.json").read_text())
@@ -223,21 +223,25 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_continues(tmp_path, signum):
-    words = [sys.executable, "-m", "oneb.train", "--size", "nano", "--layers", "2", "--data", "demo", "--device", "cpu",
-             "--train-seq-len", "64", "--steps", "100000", "--log-every", "1", "--live", "off", "--eval-iters", "1",
-             "--run-root", str(tmp_path)]
-    process = subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def words(steps):
+        return [sys.executable, "-m", "oneb.train", "--size", "nano", "--layers", "2", "--data", "demo",
+                "--device", "cpu", "--train-seq-len", "64", "--steps", str(steps), "--log-every", "1",
+                "--live", "off", "--eval-iters", "1", "--run-root", str(tmp_path)]
+
+    process = subprocess.Popen(words(100_000), cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
     log = tmp_path / "oneb_decoupled_seed1337" / "train.jsonl"
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline and not (log.exists() and '"step": 5,' in log.read_text()):
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and '"step": 5,' in log.read_text():
+            break
         time.sleep(0.1)
     process.send_signal(signum)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, output
     step = json.loads((log.parent / "last.pt.json").read_text())["step"]
     assert step >= 5
-    more = subprocess.run([*words[:words.index("--steps")], "--steps", str(step + 3), *words[words.index("--steps") + 2:],
-                           "--resume"], cwd=REPOSITORY, capture_output=True, text=True, env=os.environ)
+    more = subprocess.run([*words(step + 3), "--resume"], cwd=REPOSITORY, capture_output=True, text=True)
     assert more.returncode == 0, more.stderr
     assert json.loads((log.parent / "last.pt.json").read_text())["step"] == step + 3
 

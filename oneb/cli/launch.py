@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from oneb.cli.guard import reports_mistakes
 from oneb.cli.options import OptionParser, add_config_options, config_from_args, config_to_args, shell_command
 from oneb.config import DEMO_DATA, Config
 from oneb.errors import OnebError
@@ -38,18 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@reports_mistakes
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, print, and with ``--run`` become the training process. Returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        return launch(args)
-    except OnebError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def launch(args: argparse.Namespace) -> int:
-    """Everything after parsing."""
     start = vars(args).pop("run")
     config = config_from_args(args)
     check_resume(config)

@@ -6,10 +6,12 @@ import argparse
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from oneb.cli.guard import reports_mistakes
+from oneb.cli.options import OptionParser
 from oneb.errors import OnebError
 from oneb.units import format_count, format_duration, parse_count
 
@@ -22,7 +24,7 @@ _PACKAGES = ("numpy", "tiktoken", "pyarrow", "huggingface_hub", "tqdm")
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of ``prepare_fineweb.py``."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="prepare_fineweb.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Tokenize FineWeb-Edu, or text of your own, into one .npy file for training.",
         epilog="examples:\n"
@@ -51,15 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+@reports_mistakes
+def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done (also when the input held fewer tokens than asked), 2 a user's mistake, 130 Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
+    _require_packages()
     try:
-        arguments = build_parser().parse_args(argv)
-        _require_packages()
         _prepare(arguments)
-    except OnebError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"\nstopped before {arguments.output} was done", file=sys.stderr)
         return 130

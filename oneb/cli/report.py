@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from oneb.errors import OnebError
+from oneb.cli.guard import reports_mistakes
+from oneb.cli.options import OptionParser
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``oneb report``."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="oneb report", description="Redraw the plots and the summary of a run, also while it is training."
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="a run directory: runs/<tag>_<variant>_seed<seed>")
     return parser
 
 
+@reports_mistakes
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files and print their paths; returns the exit code (0, 2 for a user's mistake)."""
     run_dir = build_parser().parse_args(argv).run_dir
     from oneb.inspect.plots import write_plots
     from oneb.inspect.summary import write_summary
 
-    try:
-        # Plots first: the summary shows those that are there.
-        for path in [*write_plots(run_dir), write_summary(run_dir)]:
-            print(path)
-    except OnebError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    # Plots first: the summary shows those that are there.
+    for path in [*write_plots(run_dir), write_summary(run_dir)]:
+        print(path)
     return 0

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from oneb.cli.guard import reports_mistakes
+from oneb.cli.options import OptionParser
 from oneb.errors import OnebError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``oneb sample``."""
-    parser = argparse.ArgumentParser(prog="oneb sample", description="Generate text from a checkpoint.")
+    parser = OptionParser(prog="oneb sample", description="Generate text from a checkpoint.")
     parser.add_argument("--ckpt", required=True, type=Path, help="checkpoint (best.pt, last.pt), or a run directory")
     parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="new tokens at most (default 200)")
@@ -26,17 +27,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@reports_mistakes
 def main(argv: Sequence[str] | None = None) -> int:
     """Print samples; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        return _sample(args)
-    except OnebError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _sample(args: argparse.Namespace) -> int:
     faults = [text for bad, text in (
         (args.tokens < 1, f"--tokens {args.tokens} must be at least 1"),
         (args.temperature < 0, f"--temperature {args.temperature} must not be negative"),

@@ -7,32 +7,26 @@ import os
 import sys
 from collections.abc import Sequence
 
-from oneb.cli.options import add_config_options, config_from_args
+from oneb.cli.guard import reports_mistakes
+from oneb.cli.options import OptionParser, add_config_options, config_from_args
 from oneb.errors import OnebError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of a run; ``run_1b_launch.py`` takes the same and prints this command in full."""
-    parser = argparse.ArgumentParser(prog="python -m oneb.train", allow_abbrev=False,
-                                     description="Train. `run_1b_launch.py` plans first, and prints this command.")
+    parser = OptionParser(prog="python -m oneb.train", allow_abbrev=False,
+                          description="Train. `run_1b_launch.py` plans first, and prints this command.")
     add_config_options(parser)
     return parser
 
 
+@reports_mistakes
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code (0, 2 for a user's mistake, 128 + signal after a stop)."""
     args = build_parser().parse_args(argv)
     # Segments that grow in place keep long schedules from fragmenting memory. Read when torch first allocates.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    try:
-        config = config_from_args(args)
-        return _train(config)
-    except OnebError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _train(config) -> int:
+    config = config_from_args(args)
     try:
         import torch
     except ImportError:

@@ -29,7 +29,7 @@ def null_attention(q: Tensor, k: Tensor, v: Tensor, null_k: Tensor, null_v: Tens
     """Attention output (B, H, T, Dv), by the fused kernel named ``backend`` or, without one, by the twin.
 
     Args:
-        backend: "cudnn", "flash", "efficient" or "cpu"; any other name takes the twin.
+        backend: "cudnn", "flash" or "cpu"; any other name takes the twin, which is fused too where SDPA is.
     """
     if backend not in _FORWARD:
         return null_attention_twin(q, k, v, null_k, null_v)
@@ -45,7 +45,8 @@ def null_attention_twin(q: Tensor, k: Tensor, v: Tensor, null_k: Tensor, null_v:
     k = torch.cat([null_k.to(k.dtype).expand(batch, -1, -1).unsqueeze(2), k], dim=2)
     v = torch.cat([null_v.to(v.dtype).expand(batch, -1, -1).unsqueeze(2), v], dim=2)
     q = F.pad(q, (0, 0, 1, 0))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)[:, :, 1:]
+    shared = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=shared)[:, :, 1:]
 
 
 class _NullAttention(torch.autograd.Function):
@@ -146,19 +147,5 @@ def _flash_backward(dout, q, k, v, out, lse, state):
     )
 
 
-def _efficient_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, State]:
-    out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=1.0)
-    return out, lse[:, :, : q.shape[2]], (seed, offset)
-
-
-def _efficient_backward(dout, q, k, v, out, lse, state):
-    # This kernel keeps its log-sum-exp in rows of a multiple of 32.
-    lse = F.pad(lse, (0, -q.shape[2] % 32), value=float("inf"))
-    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, k, v, None, out, lse, *state, 0.0, [True, True, True, False], True, scale=1.0
-    )
-    return dq, dk, dv
-
-
-_FORWARD = {"cpu": _cpu_forward, "cudnn": _cudnn_forward, "flash": _flash_forward, "efficient": _efficient_forward}
-_BACKWARD = {"cpu": _cpu_backward, "cudnn": _cudnn_backward, "flash": _flash_backward, "efficient": _efficient_backward}
+_FORWARD = {"cpu": _cpu_forward, "cudnn": _cudnn_forward, "flash": _flash_forward}
+_BACKWARD = {"cpu": _cpu_backward, "cudnn": _cudnn_backward, "flash": _flash_backward}

@@ -63,7 +63,7 @@ class Rotary(NamedTuple):
 
 
 def rotary_table(width: int, max_seq_len: int, device: torch.device, base: float = 10000.0) -> Rotary:
-    """RoPE's angles (Su et al. 2021, arXiv 2104.09864) for ``width`` entries a head; pairs the halves, as Llama does."""
+    """RoPE's angles (Su et al. 2021, arXiv 2104.09864) for ``width`` entries a head; Llama's halves are pairs."""
     frequencies = base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
     angles = torch.outer(torch.arange(max_seq_len, device=device, dtype=torch.float64), frequencies)
     return Rotary(angles.cos().float(), angles.sin().float())

@@ -11,8 +11,10 @@ from typing import Any
 from oneb.config import Config
 from oneb.inspect.plots import write_plots
 from oneb.inspect.summary import write_summary
-from oneb.train.display import Display, make_display
+from oneb.schedules import tokens_before
+from oneb.train.display import make_display
 from oneb.train.rundir import RunDirectory, read_sidecar
+from oneb.train.screen import Display
 from oneb.train.sinks import JsonlSink, Sink, WandbSink
 
 
@@ -29,9 +31,13 @@ class Recorder:
         for sink in self.sinks:
             sink.log(row)
 
-    def message(self, text: str) -> None:
+    def status(self, text: str) -> None:
         """Show, and do not record, what is being waited for."""
-        self.display.message(text)
+        self.display.status(text)
+
+    def advance(self, step: int) -> None:
+        """Show, and do not record, that ``step`` steps are done."""
+        self.display.advance(step)
 
     def refresh_report(self, step: int) -> None:
         """Redraw the plots and the summary from what is recorded so far."""
@@ -50,20 +56,23 @@ class Recorder:
 @contextlib.contextmanager
 def open_recorder(config: Config, directory: RunDirectory) -> Iterator[Recorder]:
     """The sinks that ``config`` asks for; closed when the run ends, whatever ends it."""
-    start_step = read_sidecar(directory.resume_from)["step"] if directory.resume_from else 0
+    resume_step = read_sidecar(directory.resume_from)["step"] if directory.resume_from else None
+    train = config.train
     with contextlib.ExitStack() as stack:
         def opened(sink: Any) -> Any:
             stack.callback(sink.close)
             return sink
 
-        display = opened(make_display(config.log.live, steps=config.train.steps, start_step=start_step,
-                                      name=directory.path.name, stream=sys.stdout))
-        sinks: list[Sink] = [opened(JsonlSink(directory.path / "train.jsonl", start_step)), display]
+        display = opened(make_display(
+            config.log.live, steps=train.steps, start_step=resume_step or 0, name=directory.path.name,
+            stream=sys.stdout, total_tokens=tokens_before(train.phases, train.steps, train.batch_sequences),
+        ))
+        sinks: list[Sink] = [opened(JsonlSink(directory.path / "train.jsonl", resume_step)), display]
         recorder = Recorder(directory.path, display, sinks)
         if config.log.wandb:
-            recorder.message("connecting to W&B")
+            recorder.status("connecting to W&B")
             charts = opened(WandbSink(config, directory.path))
             sinks.append(charts)
             if charts.warning:
-                recorder.warn(start_step, charts.warning)
+                recorder.warn(resume_step or 0, charts.warning)
         yield recorder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ def run_directory(config: Config) -> RunDirectory:
     if config.run.resume:
         checkpoint = Path(config.run.ckpt) if config.run.ckpt else path / LAST
         read_sidecar(checkpoint)
+        # A run that got a suffix continues in its own directory.
+        if re.fullmatch(rf"{re.escape(path.name)}_\d+", checkpoint.parent.name):
+            path = checkpoint.parent
         return RunDirectory(path, resume_from=checkpoint, note=f" (continues {checkpoint})")
     if not path.exists():
         return RunDirectory(path)

@@ -15,7 +15,6 @@ from torch.nn.attention import sdpa_kernel
 
 from oneb.config import Config
 from oneb.data.loader import Batch, BatchLoader
-from oneb.errors import OnebError
 from oneb.files import write_json
 from oneb.inspect.analysis import analyse
 from oneb.kernels.attention import SDP_BACKENDS
@@ -26,7 +25,8 @@ from oneb.train import checkpoint
 from oneb.train.clock import StepClock, process_age_s
 from oneb.train.compiles import compiled_graphs
 from oneb.train.recorder import Recorder, open_recorder
-from oneb.train.rundir import BEST, LAST, RunDirectory, read_sidecar, run_directory
+from oneb.train.resume import StartingPoint, restore
+from oneb.train.rundir import BEST, LAST, RunDirectory, run_directory
 from oneb.train.setup import Parts, build, describe
 from oneb.train.signals import StopRequest
 
@@ -41,82 +41,54 @@ def train(config: Config) -> int:
         OnebError: a mistake in what was asked for, before the first step wherever it can be known then.
     """
     directory = run_directory(config)
+    print(f"run directory: {directory.path}{directory.note}", flush=True)
     if directory.skip:
-        print(f"{directory.path}{directory.note}")
         return 0
-    directory.path.mkdir(parents=True, exist_ok=True)
-    with StopRequest() as stop, open_recorder(config, directory) as recorder:
-        recorder.message(f"run directory: {directory.path}{directory.note}")
-        parts = build(config, recorder.message)
-        trainer = Trainer(parts, directory, recorder, stop)
-        trainer.start()
-        with sdpa_kernel(SDP_BACKENDS[parts.backend]):
+    with StopRequest() as stop:
+        # Nothing is written before it is known that the run can start.
+        parts = build(config, print)
+        start = restore(parts, directory)
+        directory.path.mkdir(parents=True, exist_ok=True)
+        with open_recorder(parts.config, directory) as recorder, sdpa_kernel(SDP_BACKENDS[parts.backend]):
+            trainer = Trainer(parts, directory, recorder, stop, start)
+            trainer.describe()
             trainer.run()
-        trainer.finish()
+            trainer.finish()
         return stop.exit_code
 
 
 class Trainer:
     """One run: its state (step, tokens, best loss; weights and optimizer in ``parts``) and its steps."""
 
-    def __init__(self, parts: Parts, directory: RunDirectory, recorder: Recorder, stop: StopRequest) -> None:
+    def __init__(
+        self, parts: Parts, directory: RunDirectory, recorder: Recorder, stop: StopRequest, start: StartingPoint
+    ) -> None:
         self.parts = parts
         self.config = parts.config
         self.directory = directory
         self.recorder = recorder
         self.stop = stop
         self.clock = StepClock()
-        self.step = 0
-        self.best_val_loss = math.inf
+        self.step = start.step
+        self.best_val_loss = start.best_val_loss
         self.evaluated_at = self.saved_at = -1
         self.graphs = 0
-        self.skipped = 0
+        self.skipped = int(parts.scaler.skipped_steps)
 
     @property
     def tokens(self) -> int:
         """Tokens trained on so far."""
         return tokens_before(self.config.train.phases, self.step, self.config.train.batch_sequences)
 
-    # ---- before the first step
-
-    def start(self) -> None:
-        """Load what is to be continued, and write down what this run is."""
-        if self.directory.resume_from:
-            self._resume(self.directory.resume_from)
-        elif self.config.run.ckpt:
-            path = Path(self.config.run.ckpt)
-            checkpoint.load_weights(
-                self.parts.model, checkpoint.load_checkpoint(path), self.config.model, path
-            )
+    def describe(self) -> None:
+        """Write down what this run is, before its first step."""
         write_json(self.directory.path / "config.json", self.config.to_dict())
         write_json(self.directory.path / "plan.json", make_plan(self.config).to_dict())
         self.recorder.log({"type": "meta", "time": time.time(), **describe(self.parts, self.step)})
         for note in self.parts.notes:
-            self.event("warning", note)
+            self.recorder.warn(self.step, note)
         if self.directory.resume_from:
             self.event("resume", f"continues {self.directory.resume_from} at step {self.step}")
-
-    def _resume(self, path: Path) -> None:
-        saved = checkpoint.load_checkpoint(path)
-        parts = self.parts
-        if saved["optimizer"] is None:
-            raise OnebError(f"{path} was saved without optimizer state (best.pt, or --no-save-optim), so it cannot be "
-                            "continued exactly; leave out --resume to start a new run from its weights")
-        if saved["data_fingerprint"] != parts.tokens.fingerprint:
-            raise OnebError(f"--data {self.config.data.path} is not the data that {path} was trained on (fingerprint "
-                            f"{parts.tokens.fingerprint}, the checkpoint has {saved['data_fingerprint']}); give the "
-                            "same file, or leave out --resume to start a new run from its weights")
-        checkpoint.load_weights(parts.model, saved, self.config.model, path)
-        parts.optimizer.load_state_dict(saved["optimizer"])
-        parts.scaler.load_state_dict(saved["scaler"])
-        self.skipped = int(parts.scaler.skipped_steps)
-        checkpoint.set_rng_state(saved["rng"])
-        self.step, self.best_val_loss = saved["step"], saved["best_val_loss"]
-        best = self.directory.path / BEST
-        if best.exists() and (found := read_sidecar(best))["step"] <= self.step:
-            # A finished run evaluates after its last save.
-            self.best_val_loss = min(self.best_val_loss, found["best_val_loss"])
-        parts.notes += _changes(saved["config"], self.config.to_dict())
 
     # ---- the loop
 
@@ -136,6 +108,7 @@ class Trainer:
                     with self._first_of_its_length(seq_len):
                         loss, norm, lr = self.train_step(batch)
                 self.step += 1
+                self.recorder.advance(self.step)
                 if self.step % self.config.log.log_every == 0 or self.step == train.steps:
                     self.log_step(loss, norm, lr, seq_len)
                 if self._due(train.eval_every) and self.step < train.steps:
@@ -183,7 +156,7 @@ class Trainer:
         began = time.perf_counter()
         first_of_run = self.graphs == 0
         if self.config.train.compile:
-            self.recorder.message(f"compiling for {seq_len} tokens a sequence (once; about half a minute)")
+            self.recorder.status(f"compiling for {seq_len} tokens a sequence, once; up to a minute")
         yield
         self.parts.device.synchronize()
         seconds = time.perf_counter() - began
@@ -208,8 +181,8 @@ class Trainer:
             self.event("recompile", f"{graphs - self.graphs} graphs were compiled again since the last log row")
             self.graphs = graphs
         if (skipped := int(values[2])) > self.skipped:
-            self.event("warning", f"{skipped - self.skipped} updates skipped since the last log row: their gradients were "
-                       f"not finite (loss now {values[0]:.4g})")
+            self.recorder.warn(self.step, f"{skipped - self.skipped} updates skipped since the last log row: their "
+                               f"gradients were not finite (loss now {values[0]:.4g})")
             self.skipped = skipped
 
     def _speed(self, seq_len: int) -> dict[str, float | None]:
@@ -226,7 +199,7 @@ class Trainer:
         with self.clock.pause():
             began = time.perf_counter()
             seq_len = seq_len_at(self.config.train.phases, max(0, self.step - 1))
-            self.recorder.message("evaluating")
+            self.recorder.status("evaluating")
             loss, n_tokens = self.parts.validation.loss(self.parts.model, seq_len)
             self.graphs = compiled_graphs() or self.graphs
             self.evaluated_at = self.step
@@ -278,7 +251,7 @@ class Trainer:
 
     def _save(self, path: Path, *, with_optimizer: bool) -> None:
         parts = self.parts
-        self.recorder.message(f"saving {path.name}")
+        self.recorder.status(f"saving {path.name}")
         checkpoint.save_checkpoint(path, {
             "config": self.config.to_dict(),
             "model": parts.model.state_dict(),
@@ -306,21 +279,3 @@ class Trainer:
         else:
             self.event("finish", f"finished {self.step} steps, {self.tokens:,} tokens")
         self.recorder.refresh_report(self.step)
-
-
-# Options that change nothing about what is computed from a given step on.
-_HARMLESS = {
-    "run", "log", "data.path", "train.device", "train.eval_every", "train.eval_iters", "train.compile",
-    "train.compile_mode", "train.grad_checkpoint", "optim.fused", "model.max_seq_len",
-}
-
-
-def _changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a resumed run does differently from the one it continues, one sentence each."""
-    notes = []
-    for section, values in now.items():
-        for name, value in values.items():
-            before = saved[section].get(name)
-            if value != before and section not in _HARMLESS and f"{section}.{name}" not in _HARMLESS:
-                notes.append(f"{section}.{name} is {value}, the run that is continued had {before}")
-    return notes

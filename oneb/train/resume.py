@@ -1,0 +1,79 @@
+"""Where a run starts: at step 0, from another run's weights, or exactly where a checkpoint left off."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oneb.errors import OnebError
+from oneb.train.checkpoint import load_checkpoint, load_weights, set_rng_state
+from oneb.train.rundir import BEST, RunDirectory, read_sidecar
+from oneb.train.setup import Parts
+
+# Options, or sections of them, that change nothing about what is computed from a given step on.
+_HARMLESS = {
+    "run", "log", "data.path", "train.device", "train.eval_every", "train.eval_iters", "train.compile",
+    "train.compile_mode", "train.grad_checkpoint", "optim.fused", "model.max_seq_len",
+}
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """What the loop continues from, beside the weights and the optimizer in ``parts``.
+
+    Attributes:
+        step: optimizer steps done.
+        best_val_loss: lowest validation loss so far, nats a token; inf before the first evaluation.
+    """
+
+    step: int = 0
+    best_val_loss: float = math.inf
+
+
+def restore(parts: Parts, directory: RunDirectory) -> StartingPoint:
+    """Load into ``parts`` what the run starts from.
+
+    Raises:
+        OnebError: the checkpoint is not whole, holds another model, or cannot be continued with this data.
+    """
+    if directory.resume_from:
+        return _resume(parts, directory)
+    if parts.config.run.ckpt:
+        path = Path(parts.config.run.ckpt)
+        load_weights(parts.model, load_checkpoint(path), parts.config.model, path)
+    return StartingPoint()
+
+
+def _resume(parts: Parts, directory: RunDirectory) -> StartingPoint:
+    path = directory.resume_from
+    saved = load_checkpoint(path)
+    if saved["optimizer"] is None:
+        raise OnebError(f"{path} was saved without optimizer state (best.pt, or --no-save-optim), so it cannot be "
+                        "continued exactly; leave out --resume to start a new run from its weights")
+    if saved["data_fingerprint"] != parts.tokens.fingerprint:
+        raise OnebError(f"--data {parts.config.data.path} is not the data that {path} was trained on (fingerprint "
+                        f"{parts.tokens.fingerprint}, the checkpoint has {saved['data_fingerprint']}); give the "
+                        "same file, or leave out --resume to start a new run from its weights")
+    load_weights(parts.model, saved, parts.config.model, path)
+    parts.optimizer.load_state_dict(saved["optimizer"])
+    parts.scaler.load_state_dict(saved["scaler"])
+    set_rng_state(saved["rng"])
+    parts.notes += _changes(saved["config"], parts.config.to_dict())
+    best_val_loss = saved["best_val_loss"]
+    best = directory.path / BEST
+    if best.exists() and (found := read_sidecar(best))["step"] <= saved["step"]:
+        # A finished run evaluates after its last save.
+        best_val_loss = min(best_val_loss, found["best_val_loss"])
+    return StartingPoint(saved["step"], best_val_loss)
+
+
+def _changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a resumed run does differently from the one it continues, one sentence each."""
+    return [
+        f"{section}.{name} is {value}, the run that is continued had {saved[section].get(name)}"
+        for section, values in now.items() if section not in _HARMLESS
+        for name, value in values.items()
+        if f"{section}.{name}" not in _HARMLESS and value != saved[section].get(name)
+    ]
