@@ -141,6 +141,8 @@ class TrainConfig:
                             "else bf16)", choices=("bf16", "fp16"))
     grad_checkpoint: bool | None = option("--grad-checkpoint", "recompute activations in the backward pass "
                                    "(default: only if they would not fit)", type=bool)
+    deterministic: bool = option("--deterministic", "bitwise repeatable on one kind of GPU, resumed or not; slower "
+                                 "(FlashAttention 2 instead of cuDNN)", False, type=bool)
     compile: bool | None = option("--compile", "torch.compile the blocks (default: on cuda)", type=bool)
     compile_mode: str = option("--compile-mode", "torch.compile mode", "default",
                                choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))

@@ -256,3 +256,16 @@ def test_compiled_fused_training_equals_plain_on_the_gpu(tmp_path, variant):
     assert losses(fast) == pytest.approx(losses(plain), rel=0.01)
     assert val_losses(fast) == pytest.approx(val_losses(plain), rel=0.01)
     assert not [row for row in fast if row.get("event") == "recompile"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["gqa", "decoupled"])
+def test_a_deterministic_run_repeats_itself_on_the_gpu(tmp_path, variant, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as oneb.cli.train sets it
+    given = {"variant": variant, "device": "cuda", "null_attn": True, "d_model": 256, "n_heads": 4,
+             "deterministic": True, "train_seq_len": 512, "max_seq_len": 512}
+    first, rows = run(tmp_path / "first", **given)
+    run(tmp_path / "second", steps=6, **given)
+    second, more = run(tmp_path / "second", resume=True, **given)
+    assert losses(rows) == losses(more)
+    assert_same_weights(weights(first), weights(second))

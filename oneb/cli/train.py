@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Segments that grow in place keep long schedules from fragmenting memory. Read when torch first allocates.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     config = config_from_args(args)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace only
     try:
         import torch
     except ImportError:

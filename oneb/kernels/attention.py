@@ -26,11 +26,15 @@ SDP_BACKENDS = {
 }
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> str:
     """Name of the fastest fused attention here: a key of :data:`SDP_BACKENDS`.
 
     cuDNN on Hopper and later (1.5-1.7x FlashAttention 2 there), FlashAttention 2 on Ampere and Ada,
     the memory-efficient kernel on older cards and in fp32, and no fused kernel on mps.
+
+    Args:
+        deterministic: leave cuDNN out. Its backward adds up in whatever order blocks finish, and torch cannot ask it
+            for another; the others obey ``torch.use_deterministic_algorithms``.
     """
     if device.type == "cpu":
         return "cpu"
@@ -39,7 +43,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     major, _ = torch.cuda.get_device_capability(device)
     if dtype == torch.float32 or major < 8:
         return "efficient"
-    return "cudnn" if major >= 9 and torch.backends.cudnn.is_available() else "flash"
+    return "cudnn" if major >= 9 and torch.backends.cudnn.is_available() and not deterministic else "flash"
 
 
 def causal_attention(

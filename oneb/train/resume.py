@@ -15,7 +15,7 @@ from oneb.train.setup import Parts
 # Options, or sections of them, that change nothing about what is computed from a given step on.
 _HARMLESS = {
     "run", "log", "data.path", "train.device", "train.eval_every", "train.eval_iters", "train.compile",
-    "train.compile_mode", "train.grad_checkpoint", "optim.fused", "model.max_seq_len",
+    "train.compile_mode", "train.grad_checkpoint", "train.deterministic", "optim.fused", "model.max_seq_len",
 }
 
 

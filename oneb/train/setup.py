@@ -69,7 +69,10 @@ def build(config: Config, say: Callable[[str], None]) -> Parts:
     if epochs > 1.0:
         notes.append(f"the run reads its {n_train:,} training tokens {epochs:.1f} times")
     dtype = DTYPES[compute_dtype(train)]
-    backend = choose_backend(device.torch, dtype)
+    backend = choose_backend(device.torch, dtype, train.deterministic)
+    # Set either way: a process may train more than once. Filling fresh memory guards against bugs, and costs a pass.
+    torch.use_deterministic_algorithms(train.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     model = build_model(config.model, device=device.torch, param_dtype=DTYPES[train.param_dtype],
                         compute_dtype=dtype, seed=train.seed, backend=backend)
     model.grad_checkpoint = bool(train.grad_checkpoint)
@@ -101,6 +104,7 @@ def describe(parts: Parts, start_step: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "oneb": __version__,
         "attention_backend": parts.backend,
+        "deterministic": config.train.deterministic,
         "param_dtype": config.train.param_dtype,
         "compute_dtype": compute_dtype(config.train),
         "grad_checkpoint": config.train.grad_checkpoint,
