@@ -214,3 +214,13 @@ def test_sparkline_falls_as_the_values_do():
     line = sparkline([float(x) for x in range(100, 0, -1)], 10)
     assert list(line) == sorted(line, reverse=True)
     assert (line[0], line[-1]) == ("█", "▁")
+
+
+@pytest.mark.parametrize("mode", ["basic", "auto", "rich"])
+def test_a_row_whose_only_step_compiled_has_no_speed(mode):
+    shown, terminal = display(mode, Terminal())
+    shown.log(train_row(1, tok_s=None, mfu=None, step_ms=None, data_ms=None))
+    shown.log(train_row(2, step_ms=500.0))
+    shown.close()
+    assert "81.2K" in terminal.getvalue()
+    assert "None" not in terminal.getvalue()

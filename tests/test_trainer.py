@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 NANO = {
     "size": "nano", "n_layers": 2, "path": "demo", "device": "cpu", "train_seq_len": 64, "max_seq_len": 64,
     "batch_size": 4, "grad_accum": 2, "steps": 12, "log_every": 1, "eval_every": 5, "eval_iters": 1, "lr": 1e-3,
-    "warmup_steps": 2, "lr_schedule": "constant", "live": "off",
+    "warmup_steps": 2, "lr_schedule": "constant", "live": "basic",
 }
 
 

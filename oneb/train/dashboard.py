@@ -113,13 +113,13 @@ def _figure_table(progress: Progress) -> Table:
         "val loss": loss_text(latest["val_loss"]) if latest else None,
         "best val": loss_text(latest["best_val_loss"]) if latest else None,
         "gradient norm": f"{row['grad_norm']:.3g}" if row else None,
-        "tokens/s": format_count(row["tok_s"]) if row else None,
+        "tokens/s": format_count(row["tok_s"]) if row and row["tok_s"] is not None else None,
         "MFU": f"{row['mfu']:.1%}" if row.get("mfu") is not None else None,
         "peak memory": f"{row['memory_gib']:.1f} GiB" if row.get("memory_gib") is not None else None,
         "tokens": format_count(row["tokens"]) if row else None,
         "learning rate": f"{row['lr']:.2e}" if row else None,
         "sequence": f"{row['seq_len']}" if row else None,
-        "step time": f"{row['step_ms']:.0f} ms" if row else None,
+        "step time": f"{row['step_ms']:.0f} ms" if row and row["step_ms"] is not None else None,
         "skipped": f"{row['skipped']}" if row else None,
     }
     table = Table.grid(expand=True, padding=(0, 1))

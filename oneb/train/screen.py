@@ -44,7 +44,8 @@ class Progress:
             if self.train and self.train["seq_len"] != row["seq_len"]:
                 self._recent.clear()  # steps of another length say nothing about the ones to come
             self.train = row
-            self._recent.append(row)
+            if row["tok_s"] is not None:  # a row whose only step compiled has no speed
+                self._recent.append(row)
             if row["loss"] is not None and math.isfinite(row["loss"]):
                 self.losses.append(row["loss"])
 
@@ -136,14 +137,16 @@ def figures(progress: Progress) -> dict[str, str]:
         return texts
     texts["loss"] = f"loss {loss_text(row['loss'])}"
     texts["lr"] = f"lr {row['lr']:.1e}"
-    texts["tok_s"] = f"{format_count(row['tok_s']):>5} tok/s"
+    if row["tok_s"] is not None:
+        texts["tok_s"] = f"{format_count(row['tok_s']):>5} tok/s"
     if row.get("mfu") is not None:
         texts["mfu"] = f"MFU {row['mfu']:.0%}"
     if row.get("memory_gib") is not None:
         texts["memory"] = f"{row['memory_gib']:.1f} GiB"
     if row.get("skipped"):
         texts["skipped"] = f"{row['skipped']} skipped"
-    texts["eta"] = f"ETA {format_duration(progress.eta_s())}"
+    if (eta_s := progress.eta_s()) is not None:
+        texts["eta"] = f"ETA {format_duration(eta_s)}"
     return texts
 
 
