@@ -203,7 +203,7 @@ def test_killed_between_file_and_sidecar_leaves_no_lie(inputs, tmp_path, monkeyp
     assert "stopped before" in capsys.readouterr().err
 
 
-def test_mistakes_are_explained(inputs, tmp_path, capsys):
+def test_mistakes_are_explained(inputs, tmp_path, capsys, gpt2_cache):
     output = tmp_path / "x.npy"
     assert "needs --tokens" in fails(capsys, output)
     assert "nothing to read there" in fails(capsys, output, "--input", tmp_path / "none*")
@@ -220,7 +220,7 @@ def test_mistakes_are_explained(inputs, tmp_path, capsys):
     assert not output.exists()
 
 
-def test_damaged_inputs_are_named(inputs, tmp_path, capsys):
+def test_damaged_inputs_are_named(inputs, tmp_path, capsys, gpt2_cache):
     output = tmp_path / "x.npy"
     (inputs / "4.txt").write_bytes(b"caf\xe9")
     assert "4.txt is not UTF-8 text (byte 3)" in fails(capsys, output, "--input", inputs / "4.txt")

@@ -109,7 +109,7 @@ class Trainer:
                         loss, norm, lr = self.train_step(batch)
                 self.step += 1
                 self.recorder.advance(self.step)
-                if self.step % self.config.log.log_every == 0 or self.step == train.steps:
+                if self.step % self.config.log.log_every == 0 or self.step in (1, train.steps):
                     self.log_step(loss, norm, lr, seq_len)
                 if self._due(train.eval_every) and self.step < train.steps:
                     self.evaluate()
