@@ -136,7 +136,7 @@ class TrainConfig:
                          choices=("cuda", "mps", "cpu", "auto"))
     param_dtype: str | None = option("--param-dtype", "weights; 16-bit ones are rounded stochastically "
                               "(default bf16 on cuda, else fp32)", choices=("bf16", "fp32", "fp16"))
-    amp: bool = option("--amp", "compute in --amp-dtype where weights are fp32", True, type=bool)
+    amp: bool | None = option("--amp", "compute in --amp-dtype where weights are fp32 (default: on cuda)", type=bool)
     amp_dtype: str | None = option("--amp-dtype", "arithmetic of mixed precision (default fp16 with fp16 weights, "
                             "else bf16)", choices=("bf16", "fp16"))
     grad_checkpoint: bool | None = option("--grad-checkpoint", "recompute activations in the backward pass "
@@ -253,7 +253,7 @@ def device_defaults(config: TrainConfig, device: str, has_bf16: bool = True) -> 
     if amp_dtype == "bf16":
         amp_dtype = half
     # On the CPU and mps, fp32 compute unless asked: 16-bit is slower there.
-    amp = config.amp and (device == "cuda" or config.amp_dtype is not None)
+    amp = config.amp if config.amp is not None else device == "cuda" or config.amp_dtype is not None
     compiled = config.compile if config.compile is not None else device == "cuda"
     return dataclasses.replace(config, param_dtype=param_dtype, amp_dtype=amp_dtype, amp=amp, compile=compiled)
 

@@ -170,7 +170,8 @@ def _range_faults(config: Config) -> list[str]:
         (config.model, ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"),
          lambda v: v >= 1, positive),
         (config.train, ("steps", "batch_size", "grad_accum", "eval_iters"), lambda v: v >= 1, positive),
-        (config.train, ("eval_every", "seed"), lambda v: v >= 0, not_negative),
+        (config.train, ("eval_every",), lambda v: v >= 0, not_negative),
+        (config.train, ("seed",), lambda v: 0 <= v < 2**63, "must be between 0 and 2**63 - 1"),
         (config.run, ("save_every",), lambda v: v >= 0, not_negative),
         (config.log, ("log_every",), lambda v: v >= 1, positive),
         (config.log, ("analysis_every",), lambda v: v >= 0, not_negative),
@@ -237,6 +238,8 @@ def _train_faults(config: Config) -> list[str]:
             train.param_dtype == "fp16" and train.amp_dtype == "bf16":
         faults.append(f"--param-dtype {train.param_dtype} computes in {train.param_dtype}, and --amp-dtype asks for "
                       f"{train.amp_dtype}; leave --amp-dtype out, or keep weights in fp32")
+    if train.amp is False and train.amp_dtype is not None:
+        faults.append(f"--amp-dtype {train.amp_dtype} asks for mixed precision and --no-amp refuses it; leave one out")
     tag = config.run.tag
     if not re.fullmatch(r"\w[\w.-]*", tag):
         faults.append(f"--tag {tag!r} becomes a folder's name; use letters, digits, '.', '_' and '-'")

@@ -56,7 +56,7 @@ DEFAULTS = {
     "--sem-dim": 2048 // 16, "--geo-dim": 2048 // 8, "--attn-dim": 2048 // 16 + 2048 // 8,
     "--steps": 20000, "--optimizer": "lion", "--lr": 2e-4, "--grad-clip": 1.0, "--batch-size": 1, "--grad-accum": 16,
     "--seq-schedule": ((0, 1024), (10000, 2048)), "--eval-every": 500, "--eval-iters": 10, "--log-every": 20,
-    "--save-every": 0, "--ckpt": None, "--resume": False, "--save-optim": True, "--opt-fused": True, "--amp": True,
+    "--save-every": 0, "--ckpt": None, "--resume": False, "--save-optim": True, "--opt-fused": True, "--amp": None,
     "--analysis-every": 0, "--live": "auto", "--wandb": False,
 }
 CHOICES = {
@@ -192,7 +192,8 @@ def test_what_the_device_decides(words, device, has_bf16, weights, compute, comp
     ("--layers 0", ["--layers 0", "at least 1"]),
     ("--n-head 0", ["--n-head 0", "at least 1"]),
     ("--log-every 0", ["--log-every 0", "at least 1"]),
-    ("--seed -1", ["--seed -1", "negative"]),
+    ("--seed -1", ["--seed -1", "between 0 and"]),
+    ("--no-amp --amp-dtype bf16", ["--amp-dtype bf16", "--no-amp", "leave one out"]),
     ("--param-dtype bf16 --amp-dtype fp16", ["--param-dtype bf16", "--amp-dtype"]),
     ("--tag a/b", ["--tag 'a/b'", "letters"]),
 ])
@@ -281,11 +282,12 @@ def configs(draw):
         warmup_steps=draw(st.integers(0, steps)), weight_decay=draw(st.floats(0, 10)),
         lr_schedule=draw(st.sampled_from(["constant", "cosine", "linear", "wsd"])), fused=draw(st.booleans()))
     param_dtype = draw(st.sampled_from([None, "bf16", "fp32", "fp16"]))
+    amp_dtype = param_dtype if param_dtype in ("bf16", "fp16") else draw(st.sampled_from([None, "bf16", "fp16"]))
     train = dataclasses.replace(
         base.train, steps=steps, phases=tuple((start, draw(st.integers(1, block))) for start in starts),
         batch_size=draw(st.integers(1, 64)), grad_accum=draw(st.integers(1, 64)), seed=draw(EVERY),
-        eval_every=draw(EVERY), param_dtype=param_dtype, amp=draw(st.booleans()),
-        amp_dtype=param_dtype if param_dtype in ("bf16", "fp16") else draw(st.sampled_from([None, "bf16", "fp16"])),
+        eval_every=draw(EVERY), param_dtype=param_dtype, amp_dtype=amp_dtype,
+        amp=draw(st.sampled_from([None, True] if amp_dtype else [None, True, False])),
         grad_checkpoint=draw(st.sampled_from([None, True, False])), compile=draw(st.sampled_from([None, True, False])))
     run = RunConfig(**draw(instances(RunConfig, root=TEXT, tag=st.from_regex(r"\A\w[\w.-]{0,9}\Z"), save_every=EVERY,
                                      ckpt=st.none() | TEXT)))

@@ -161,13 +161,16 @@ def test_time_left_is_by_the_median_speed_and_by_tokens_where_they_are_known():
     assert tokens.eta_s() == pytest.approx(990.0)
 
 
-def test_a_terminal_that_went_away_does_not_stop_the_run():
+@pytest.mark.parametrize("mode", ["auto", "basic", "rich"])
+def test_a_terminal_that_went_away_does_not_stop_the_run(mode):
     class Gone(Terminal):
         def write(self, text):
             raise OSError(5, "Input/output error")
 
-    shown, _ = display("auto", Gone())
+    shown, _ = display(mode, Gone())
+    shown.status("compiling")
     shown.log(train_row(20))
+    shown.advance(21)
     shown.message("unseen")
     shown.close()
     assert shown.lost

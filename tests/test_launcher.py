@@ -83,8 +83,9 @@ def test_the_printed_command_survives_the_shell(tmp_path, words):
     done = launch(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     argv = as_bash_reads(printed_command(done.stdout))
-    assert argv[:3] == [sys.executable, "-m", "oneb.train"]
-    assert config(*argv[3:]) == config(*words)
+    # From outside the checkout, Python must be told where the package is.
+    assert argv[:5] == ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "oneb.train"]
+    assert config(*argv[5:]) == config(*words)
 
 
 def write_checkpoint(path: Path, model) -> None:
@@ -188,7 +189,7 @@ def test_run_becomes_the_printed_command(checkout, tmp_path):
     done = launch(*NANO, "--data=a 'b'.npy", "--run", cwd=tmp_path, root=checkout, python=BARE)
     assert done.returncode == 7
     called = (tmp_path / "called").read_text().split("\0")[:-1]
-    assert called == as_bash_reads(printed_command(done.stdout))
+    assert called == as_bash_reads(printed_command(done.stdout))[2:]  # after env PYTHONPATH=…
     assert called == [str(python), "-m", "oneb.train",
                       *[word for line in config_to_args(config(*NANO, "--data=a 'b'.npy")) for word in line]]
     assert (tmp_path / "path").read_text().split(":")[0].strip() == str(checkout)
@@ -217,3 +218,16 @@ def test_the_oneb_command(words, code, said):
     done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == code
     assert said in done.stdout + done.stderr
+
+
+def test_in_the_checkout_the_printed_command_needs_no_path():
+    argv = as_bash_reads(printed_command(launch(*NANO, cwd=ROOT).stdout))
+    assert argv[:3] == [sys.executable, "-m", "oneb.train"]
+
+
+def test_the_printed_command_trains_from_anywhere(tmp_path):
+    words = (*NANO, "--layers", "1", "--steps", "1", "--train-seq-len", "16", "--eval-iters", "1", "--grad-accum", "1")
+    command = printed_command(launch(*words, cwd=tmp_path).stdout)
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "oneb_decoupled_seed1337" / "last.pt").exists()

@@ -8,7 +8,7 @@ import pytest
 
 from oneb.errors import OnebError
 from oneb.presets import resolve
-from oneb.train.rundir import check_resume, read_sidecar, run_directory, sidecar_path
+from oneb.train.rundir import check_resume, claimed, read_sidecar, run_directory, sidecar_path
 
 
 def config(tmp_path: Path, **given):
@@ -113,3 +113,45 @@ def test_a_sidecar_of_another_version_is_an_error_and_not_a_crash(tmp_path):
         write_checkpoint(tmp_path / NAME / "last.pt", model)
         with pytest.raises(OnebError):
             check_resume(wanted)
+
+
+def test_two_processes_never_share_a_directory(tmp_path):
+    wanted = config(tmp_path)
+    chosen = run_directory(wanted)
+    with claimed(wanted, chosen) as first:
+        # Chosen before the first one made its directory: the second goes on to the next name.
+        with claimed(wanted, chosen) as second:
+            assert second.path.name == f"{first.path.name}_2"
+        again = dataclasses.replace(chosen, is_new=False)
+        with pytest.raises(OnebError, match="another process"), claimed(wanted, again):
+            pass
+    with claimed(wanted, again) as freed:
+        assert freed.path == first.path
+
+
+def test_another_runs_checkpoint_never_replaces_what_is_there(tmp_path):
+    other = tmp_path / "other_decoupled_seed1337" / "last.pt"
+    write_checkpoint(other, config(tmp_path).model)
+    wanted = config(tmp_path, resume=True, ckpt=str(other))
+    assert run_directory(wanted).path.name == NAME
+    (tmp_path / NAME).mkdir()
+    assert run_directory(wanted).path.name == f"{NAME}_2"
+    assert run_directory(wanted).resume_from == other
+    for policy in ("error", "resume"):
+        with pytest.raises(OnebError, match="may not be written over"):
+            run_directory(config(tmp_path, resume=True, ckpt=str(other), if_exists=policy))
+
+
+def test_resume_alone_asks_which_of_several_runs(tmp_path):
+    first, second = (tmp_path / name / "last.pt" for name in (NAME, f"{NAME}_2"))
+    for path in (first, second):
+        write_checkpoint(path, config(tmp_path).model)
+    with pytest.raises(OnebError, match="cannot tell which"):
+        run_directory(config(tmp_path, resume=True))
+    assert run_directory(config(tmp_path, resume=True, ckpt=str(second))).path == second.parent
+
+
+def test_a_root_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OnebError, match="is a file"):
+        run_directory(config(tmp_path / "file"))

@@ -177,6 +177,33 @@ def test_watching_a_run_does_not_change_it(tmp_path):
     assert_same_weights(weights(plain), weights(watched))
 
 
+def test_an_error_in_the_loop_saves_the_last_whole_step(tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError("the disk of the data went away")
+
+    monkeypatch.setattr(Trainer, "evaluate", fail)
+    config = resolve({**NANO, "root": str(tmp_path)})
+    with pytest.raises(OSError, match="went away"):
+        train(config)
+    assert load_checkpoint(tmp_path / config.name / "last.pt")["step"] == 5
+
+
+def test_a_validation_tail_too_short_for_a_later_phase_is_heard_of_at_the_start(tmp_path):
+    (tmp_path / "short.txt").write_text("7 " * 6000)
+    given = {key: value for key, value in NANO.items() if key != "train_seq_len"}
+    given |= {"path": str(tmp_path / "short.txt"), "format": "txt", "vocab_size": 257, "max_seq_len": 1024}
+    with pytest.raises(OnebError, match="validation tail"):
+        train(resolve({**given, "phases": "256@0,700@10", "root": str(tmp_path / "runs")}))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    directory, rows = run(tmp_path, steps=2)
+    before = (directory / "train.jsonl").read_bytes()
+    assert train(resolve({**NANO, "root": str(tmp_path), "steps": 2, "if_exists": "resume"})) == 0
+    assert (directory / "train.jsonl").read_bytes() == before
+
+
 def test_ckpt_without_resume_starts_anew_from_its_weights(tmp_path):
     first, _ = run(tmp_path)
     _, rows = run(tmp_path, tag="second", ckpt=str(first / "last.pt"), steps=3)
@@ -221,7 +248,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
         train(resolve({**NANO, "root": str(tmp_path), "resume": True}))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_run_continues(tmp_path, signum):
     def words(steps):
         return [sys.executable, "-m", "oneb.train", "--size", "nano", "--layers", "2", "--data", "demo",

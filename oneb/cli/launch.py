@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"[plan] run_directory={directory.path}{directory.note}")
     interpreter = find_interpreter()
     words = [[interpreter, "-m", "oneb.train"], *config_to_args(config)]
-    print(f"\n{shell_command(words)}\n")
+    # Python finds the package in the working directory; from anywhere else it must be told.
+    elsewhere = [] if Path.cwd() == _REPOSITORY else [["env", f"PYTHONPATH={_REPOSITORY}"]]
+    print(f"\n{shell_command([*elsewhere, *words])}\n")
     if not start:
         print("This was a dry run: add --run to start, or paste the command above.")
         return 0

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"[{path}: {model.config.variant}, step {trained.step:,}, {trained.tokens:,} tokens]")
     for number in range(args.num):
         new = generate(model, torch.tensor(prompt), max_new_tokens=args.tokens, temperature=args.temperature,
-                       top_k=args.top_k, seed=args.seed + number, eot=tokenizer.eot)
+                       top_k=args.top_k, seed=args.seed + number, vocab_size=tokenizer.vocab_size, eot=tokenizer.eot)
         print(f"\n{args.prompt}", end="", flush=True)
         for text in stream_text(tokenizer, new):
             print(text, end="", flush=True)

@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return train(config)
+    except KeyboardInterrupt:  # before the first step: there is nothing to save
+        print("\nstopped before the first step", file=sys.stderr)
+        return 130
     except torch.OutOfMemoryError as error:
         raise OnebError(
             f"the GPU ran out of memory ({str(error).splitlines()[0]}); what helps, in this order: a smaller "

@@ -5,6 +5,7 @@ A checkpoint exists once its JSON sidecar does, which is written last and carrie
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
@@ -25,9 +26,11 @@ FORMAT = 1
 def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
     """Write ``contents`` (with keys step, tokens, best_val_loss and config) to ``path``, then its sidecar.
 
-    An earlier checkpoint of that name stays valid until the new one is whole.
+    An earlier checkpoint of that name stays valid until the new one is whole, but for the moment between two renames.
     """
     temporary = _temporary(path)
+    temporary.unlink(missing_ok=True)  # left by a killed process of the same number, it may be a link
+    best = contents["best_val_loss"]
     try:
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **contents}, file)
@@ -38,7 +41,7 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
             "tokens": contents["tokens"],
             "sha256": sha256_file(temporary),
             "bytes": temporary.stat().st_size,
-            "best_val_loss": contents["best_val_loss"],
+            "best_val_loss": best if math.isfinite(best) else None,  # JSON has no infinity
             "model": contents["config"]["model"],
         })
         _publish(path)
@@ -49,6 +52,7 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
 def link_checkpoint(source: Path, target: Path) -> None:
     """Make ``target`` the same checkpoint as ``source``: a hard link, or a copy where links do not exist."""
     for old, new in ((source, target), (sidecar_path(source), sidecar_path(target))):
+        _temporary(new).unlink(missing_ok=True)  # left by a killed process of the same number, it may be a link
         try:
             os.link(old, _temporary(new))
         except OSError:

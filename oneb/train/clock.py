@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 def process_age_s() -> float:
     """Seconds since this process began, the launcher's part included (it becomes the training process).
 
-    From /proc; without one (macOS) the time that Python itself has been up.
+    From /proc; without one (macOS) the processor time used so far, which is less.
     """
     try:
         # Field 22 of proc(5)'s stat; the name in parentheses before it may hold spaces.
@@ -24,9 +24,14 @@ def process_age_s() -> float:
 
 
 class StepClock:
-    """Mean time a step since the last reading, without what :meth:`pause` covers (evaluation, saving)."""
+    """Mean time a step since the last reading, without what :meth:`pause` covers (evaluation, saving).
 
-    def __init__(self) -> None:
+    Args:
+        synchronize: waits until the device has done what it was asked for.
+    """
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self._synchronize = synchronize
         self.restart()
 
     def restart(self) -> None:
@@ -43,7 +48,8 @@ class StepClock:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the body's time out."""
+        """Leave the body's time out, and not that of steps which the device is still busy with."""
+        self._synchronize()
         began = time.perf_counter()
         try:
             yield

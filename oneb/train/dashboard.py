@@ -37,7 +37,7 @@ class RichDisplay(Display):
                             "`python3 -m pip install rich`, or leave out --live") from None
         self._status = ""
         self._drawn_at = 0.0
-        self._console = Console(file=stream, highlight=False)
+        self._console = Console(file=_Stream(self), highlight=False)
         self._live = Live(console=self._console, refresh_per_second=_REDRAWS_A_SECOND)
         self._live.start()
         self._draw()
@@ -71,6 +71,29 @@ class RichDisplay(Display):
         width, encoding = self._console.width, self._console.encoding
         self._live.update(dashboard(self.name, self.progress, self._status, width, encoding), refresh=True)
         self._drawn_at = time.monotonic()
+
+
+class _Stream:
+    """The display's stream as rich writes to it: an error means that the terminal went away, not that the run must."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+
+    def write(self, text: str) -> int:
+        try:
+            return self._display.stream.write(text)
+        except OSError:
+            self._display.lost = True
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._display.stream.flush()
+        except OSError:
+            self._display.lost = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._display.stream, name)
 
 
 def dashboard(name: str, progress: Progress, status: str, width: int, encoding: str) -> Panel:

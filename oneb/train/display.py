@@ -17,7 +17,7 @@ _PLAIN_WIDTH = 79
 _REDRAW_S = 0.2
 # Plain output is silent between rows; after so long it says that steps are still being made.
 _QUIET_S = 30.0
-_QUIET_EVENTS = ("warning", "resume", "stopped", "finish", "error")
+_QUIET_EVENTS = ("warning", "resume", "stopped", "finish")
 
 
 def make_display(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from oneb.data.loader import eval_batches
@@ -33,10 +34,18 @@ class Validation:
     eval_tokens: int
     max_rows: int
 
+    def offsets(self, seq_len: int) -> np.ndarray:
+        """Where the windows of an evaluation start, int64.
+
+        Raises:
+            OnebError: the tail is shorter than one window.
+        """
+        return eval_offsets(self.n_train, self.n_val, seq_len, self.eval_tokens)
+
     @torch.no_grad()
     def loss(self, model: Transformer, seq_len: int) -> tuple[float, int]:
         """(mean loss in nats a token, tokens predicted) in windows of ``seq_len``."""
-        offsets = eval_offsets(self.n_train, self.n_val, seq_len, self.eval_tokens)
+        offsets = self.offsets(seq_len)
         # A number of rows that divides the windows: a shorter last batch would be another compiled graph.
         rows = max(r for r in range(1, self.max_rows + 1) if len(offsets) % r == 0)
         total = torch.zeros((), device=model.device, dtype=torch.float64 if model.device.type != "mps" else None)
@@ -45,6 +54,7 @@ class Validation:
         return (total / len(offsets)).item(), len(offsets) * seq_len
 
     def probe(self, model: Transformer, seq_len: int, rows: int = 2) -> torch.Tensor:
-        """A few validation windows (rows, seq_len + 1) on the model's device, int32, for analysis."""
+        """At most ``rows`` validation windows (rows, seq_len + 1) on the model's device, int32, for analysis."""
+        seq_len = min(seq_len, self.n_val - 1)
         offsets = eval_offsets(self.n_train, self.n_val, seq_len, rows * seq_len)
         return next(eval_batches(self.tokens, offsets, seq_len, rows, model.config.vocab_size)).to(model.device)

@@ -65,7 +65,7 @@ def _resume(parts: Parts, directory: RunDirectory) -> StartingPoint:
     best = directory.path / BEST
     if best.exists() and (found := read_sidecar(best))["step"] <= saved["step"]:
         # A finished run evaluates after its last save.
-        best_val_loss = min(best_val_loss, found["best_val_loss"])
+        best_val_loss = min(best_val_loss, found["best_val_loss"] or math.inf)
     return StartingPoint(saved["step"], best_val_loss)
 
 

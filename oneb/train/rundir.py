@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +25,14 @@ class RunDirectory:
 
     Attributes:
         path: the directory.
+        is_new: nothing is there yet.
         resume_from: checkpoint to continue exactly, or None for a run from step 0.
         skip: there is nothing to do (``--if-exists skip``).
         note: how the choice came about, for people; empty for a new directory.
     """
 
     path: Path
+    is_new: bool = False
     resume_from: Path | None = None
     skip: bool = False
     note: str = ""
@@ -36,22 +42,36 @@ def run_directory(config: Config) -> RunDirectory:
     """Choose the run directory by name, ``--resume`` and ``--if-exists``. Creates nothing.
 
     Raises:
-        OnebError: it exists under ``--if-exists error``, or there is no checkpoint to resume.
+        OnebError: it exists under ``--if-exists error``, cannot be written to, or there is no checkpoint to resume.
     """
     path = Path(config.run.root) / config.name
-    if config.run.resume:
-        checkpoint = Path(config.run.ckpt) if config.run.ckpt else path / LAST
-        read_sidecar(checkpoint)
-        # A run that got a suffix continues in its own directory.
-        if re.fullmatch(rf"{re.escape(path.name)}_\d+", checkpoint.parent.name):
-            path = checkpoint.parent
-        return RunDirectory(path, resume_from=checkpoint, note=f" (continues {checkpoint})")
-    if not path.exists():
-        return RunDirectory(path)
+    _check_writable(path)
+    if not config.run.resume:
+        return _for_new_run(path, config.run.if_exists)
+    if not config.run.ckpt:
+        others = [p.parent for p in sorted(path.parent.glob(f"{path.name}_*/{LAST}")) if _is_suffixed(p.parent, path)]
+        if others:
+            raise OnebError(f"--resume alone cannot tell which run to continue: there are {path} and "
+                            f"{', '.join(map(str, others))}; add --ckpt {others[-1] / LAST}, or that of the other")
+        checkpoint = path / LAST
+    else:
+        checkpoint = Path(config.run.ckpt)
+    read_sidecar(checkpoint)
+    home = checkpoint.parent
+    if home.resolve() == path.resolve() or _is_suffixed(home, path):
+        return RunDirectory(home, resume_from=checkpoint, note=f" (continues {checkpoint})")
+    # Another run's checkpoint: it continues in a directory of this run's name, and never on top of one that is there.
     policy = config.run.if_exists
+    chosen = _for_new_run(path, "error" if policy == "resume" else policy)
+    return dataclasses.replace(chosen, resume_from=checkpoint, note=f"{chosen.note} (continues {checkpoint})")
+
+
+def _for_new_run(path: Path, policy: str) -> RunDirectory:
+    if not path.exists():
+        return RunDirectory(path, is_new=True)
     if policy == "error":
-        raise OnebError(f"{path} exists, and --if-exists is error; choose another --tag or --seed, "
-                        "or --if-exists suffix|skip|resume")
+        raise OnebError(f"{path} exists, and may not be written over; choose another --tag or --seed, "
+                        "or --if-exists suffix|skip")
     if policy == "skip":
         return RunDirectory(path, skip=True, note=" (exists: skipped)")
     if policy == "resume":
@@ -61,7 +81,50 @@ def run_directory(config: Config) -> RunDirectory:
     number = 2
     while (candidate := path.with_name(f"{path.name}_{number}")).exists():
         number += 1
-    return RunDirectory(candidate, note=f" ({path.name} exists)")
+    return RunDirectory(candidate, is_new=True, note=f" ({path.name} exists)")
+
+
+def _is_suffixed(directory: Path, path: Path) -> bool:
+    """Whether ``directory`` is ``path`` with a number that ``--if-exists suffix`` added."""
+    return re.fullmatch(rf"{re.escape(path.name)}_\d+", directory.name) is not None
+
+
+def _check_writable(path: Path) -> None:
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise OnebError(f"{path} cannot be made: {there} is a file; choose another --run-root")
+    if not os.access(there, os.W_OK):
+        raise OnebError(f"{path} cannot be written: no permission in {there}; choose another --run-root")
+
+
+@contextlib.contextmanager
+def claimed(config: Config, directory: RunDirectory) -> Iterator[RunDirectory]:
+    """Make the directory and hold it for one process; gives the directory that it became.
+
+    A new run whose name was taken since it was chosen is treated as ``--if-exists`` says.
+
+    Raises:
+        OnebError: another process is training there.
+    """
+    import fcntl
+
+    while not directory.skip:
+        try:
+            directory.path.mkdir(parents=True, exist_ok=not directory.is_new)
+            break
+        except FileExistsError:
+            directory = run_directory(config)
+    if directory.skip:
+        yield directory
+        return
+    with open(directory.path / ".lock", "w") as lock:
+        try:
+            # Goes with the process, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OnebError(f"another process is training in {directory.path}; wait for it or stop it, or choose "
+                            "another --tag or --seed") from None
+        yield directory
 
 
 def sidecar_path(checkpoint: Path) -> Path:

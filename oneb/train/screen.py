@@ -171,7 +171,7 @@ def lasting_lines(row: dict[str, Any], progress: Progress) -> list[str]:
         return [f"step {row['step']}  val loss {loss_text(row['val_loss'])} ({note})  "
                 f"after {format_count(row['tokens'])} tokens  [{format_duration(row['eval_s'])}]"]
     if row["type"] == "event":
-        kind = f"{row['event']}: " if row["event"] in ("warning", "error") else ""
+        kind = f"{row['event']}: " if row["event"] == "warning" else ""
         return [f"step {row['step']}  {kind}{row['message']}"]
     return []
 

@@ -65,6 +65,8 @@ def build(config: Config, say: Callable[[str], None]) -> Parts:
     train = config.train
     order = BatchOrder(n_train, train.seed, train.phases, train.batch_sequences)
     validation = Validation(tokens, n_train, n_val, train.eval_iters * EVAL_ITER_TOKENS, train.batch_size)
+    for _, seq_len in reached(train.phases, train.steps):
+        validation.offsets(seq_len)  # a tail too short for a later phase is heard of now
     epochs = order.epoch(train.steps)
     if epochs > 1.0:
         notes.append(f"the run reads its {n_train:,} training tokens {epochs:.1f} times")

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask the loop to stop after the current step; a second one stops at once."""
+"""SIGINT, SIGTERM and SIGHUP ask the loop to stop after the current step; a second one stops at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 class StopRequest:
     """Context manager that listens; ``signum`` is the signal that came, or None."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -22,7 +22,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in self.SIGNALS:
-            self._previous[number] = signal.signal(number, self._receive)
+            # nohup has SIGHUP ignored, so that the run outlives its terminal.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -26,7 +26,7 @@ from oneb.train.clock import StepClock, process_age_s
 from oneb.train.compiles import compiled_graphs
 from oneb.train.recorder import Recorder, open_recorder
 from oneb.train.resume import StartingPoint, restore
-from oneb.train.rundir import BEST, LAST, RunDirectory, run_directory
+from oneb.train.rundir import BEST, LAST, RunDirectory, claimed, run_directory
 from oneb.train.setup import Parts, build, describe
 from oneb.train.signals import StopRequest
 
@@ -40,19 +40,29 @@ def train(config: Config) -> int:
     Raises:
         OnebError: a mistake in what was asked for, before the first step wherever it can be known then.
     """
-    directory = run_directory(config)
-    print(f"run directory: {directory.path}{directory.note}", flush=True)
-    if directory.skip:
+    chosen = run_directory(config)
+    print(f"run directory: {chosen.path}{chosen.note}", flush=True)
+    if chosen.skip:
         return 0
-    with StopRequest() as stop:
-        # Nothing is written before it is known that the run can start.
-        parts = build(config, print)
-        start = restore(parts, directory)
-        directory.path.mkdir(parents=True, exist_ok=True)
+    # Nothing is written before it is known that the run can start.
+    parts = build(config, print)
+    start = restore(parts, chosen)
+    if start.step >= config.train.steps:
+        print(f"nothing to do: {chosen.resume_from} has done {start.step} of {config.train.steps} steps")
+        return 0
+    with claimed(config, chosen) as directory, StopRequest() as stop:
+        if directory != chosen:
+            print(f"run directory: {directory.path}{directory.note}", flush=True)
+        if directory.skip:
+            return 0
         with open_recorder(parts.config, directory) as recorder, sdpa_kernel(SDP_BACKENDS[parts.backend]):
             trainer = Trainer(parts, directory, recorder, stop, start)
             trainer.describe()
-            trainer.run()
+            try:
+                trainer.run()
+            except Exception:
+                trainer.rescue()
+                raise
             trainer.finish()
         return stop.exit_code
 
@@ -68,10 +78,12 @@ class Trainer:
         self.directory = directory
         self.recorder = recorder
         self.stop = stop
-        self.clock = StepClock()
+        self.clock = StepClock(parts.device.synchronize)
         self.step = start.step
         self.best_val_loss = start.best_val_loss
-        self.evaluated_at = self.saved_at = -1
+        self.evaluated_at = -1
+        # What the run starts from need not be saved again, if it is this directory's own.
+        self.saved_at = start.step if directory.resume_from in (None, directory.path / LAST) else -1
         self.graphs = 0
         self.skipped = int(parts.scaler.skipped_steps)
 
@@ -265,17 +277,37 @@ class Trainer:
             "encoding": parts.encoding,
         })
 
+    def _save_last(self) -> None:
+        """``last.pt`` of the current step, unless it is that already or there is nothing new in it."""
+        if self.saved_at != self.step:
+            self._save(self.directory.path / LAST, with_optimizer=self.config.run.save_optim)
+            self.saved_at = self.step
+
+    def _how_to_continue(self) -> str:
+        if not self.config.run.save_optim:
+            return "without optimizer state (--no-save-optim) it cannot be continued exactly"
+        if self.saved_at == 0:
+            return "nothing to save yet"
+        return f"the same command with --resume --ckpt {self.directory.path / LAST} continues"
+
+    def rescue(self) -> None:
+        """Save the last whole step after an error, which the caller then raises."""
+        self.recorder.warn(self.step, f"an error ended the run at step {self.step}; saving {LAST}")
+        try:
+            self._save_last()
+        except Exception as error:  # fallback: the error that ended the run says more than this one
+            self.recorder.warn(self.step, f"{LAST} could not be saved either ({type(error).__name__}: {error})")
+
     def finish(self) -> None:
         """Save where the run stands, evaluate a finished one, and write the report."""
         stopped = self.stop.signum is not None
         # Saved before the evaluation: whatever happens there, the run is not lost.
-        if self.saved_at != self.step:
-            self._save(self.directory.path / LAST, with_optimizer=self.config.run.save_optim)
+        self._save_last()
         if not stopped and self.evaluated_at != self.step:
             self.evaluate()
         if stopped:
-            self.event("stopped", f"stopped by signal {self.stop.signum} at step {self.step}, saved {LAST}: "
-                       "the same command with --resume continues")
+            text = f"stopped by signal {self.stop.signum} at step {self.step}; {self._how_to_continue()}"
+            self.event("stopped", text)
         else:
             self.event("finish", f"finished {self.step} steps, {self.tokens:,} tokens")
         self.recorder.refresh_report(self.step)

@@ -69,19 +69,21 @@ def generate(
     temperature: float,
     top_k: int,
     seed: int,
+    vocab_size: int | None = None,
     eot: int | None = None,
 ) -> Iterator[int]:
     """New token ids after ``prompt`` (T,), one by one, through a KV cache.
 
     Ends after ``max_new_tokens``, at ``eot``, or when the model's longest context is full. ``temperature`` 0 takes
-    the likeliest token; ``top_k`` 0 samples from the whole vocabulary.
+    the likeliest token; ``top_k`` 0 samples from the whole vocabulary. Ids from ``vocab_size`` on are never chosen: a
+    model may have more than its tokenizer.
     """
     limit = min(model.config.max_seq_len, len(prompt) + max_new_tokens)
     cache = KVCache(model.config, 1, limit, model.compute_dtype, model.device)
     generator = torch.Generator(model.device).manual_seed(seed)
     tokens = prompt.to(model.device)
     for _ in range(limit - len(prompt)):
-        logits = model.logits(model(tokens[None], cache)[0, -1])
+        logits = model.logits(model(tokens[None], cache)[0, -1])[:vocab_size]
         token = _choose(logits, temperature, top_k, generator)
         if token == eot:
             return
