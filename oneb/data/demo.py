@@ -1,7 +1,7 @@
 """The embedded data set ``--data demo``: text that every Python already has, so nothing is downloaded.
 
 It is the source of Python's own standard library, as bytes: ids 0-255 are bytes, 256 ends a file.
-A few million tokens; it differs between Python versions, so losses on it compare only within one.
+About eleven million tokens; it differs between Python versions, so losses on it compare only within one.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 aten = torch.ops.aten
 # What a fused forward keeps for its backward besides out and lse: its (unused, dropout-free) random state.
@@ -78,7 +78,7 @@ class _NullAttention(torch.autograd.Function):
         return dq, dk, dv, dnull_k.to(null_k.dtype), dnull_v.to(null_v.dtype), None
 
 
-@torch.library.custom_op("oneb::fused_attention_backward", mutates_args=())
+@library.custom_op("oneb::fused_attention_backward", mutates_args=())
 def _fused_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: list[Tensor], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
