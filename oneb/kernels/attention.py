@@ -26,13 +26,16 @@ SDP_BACKENDS = {
 }
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> str:
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, head_dim: int = 64, deterministic: bool = False
+) -> str:
     """Name of the fastest fused attention here: a key of :data:`SDP_BACKENDS`.
 
     cuDNN on Hopper and later (1.5-1.7x FlashAttention 2 there), FlashAttention 2 on Ampere and Ada,
     the memory-efficient kernel on older cards and in fp32, and no fused kernel on mps.
 
     Args:
+        head_dim: the wider of query and value heads. cuDNN trains heads up to 128 wide, FlashAttention up to 256.
         deterministic: leave cuDNN out. Its backward adds up in whatever order blocks finish, and torch cannot ask it
             for another; the others obey ``torch.use_deterministic_algorithms``.
     """
@@ -41,9 +44,10 @@ def choose_backend(device: torch.device, dtype: torch.dtype, deterministic: bool
     if device.type != "cuda":
         return "math"
     major, _ = torch.cuda.get_device_capability(device)
-    if dtype == torch.float32 or major < 8:
+    if dtype == torch.float32 or major < 8 or head_dim > 256:
         return "efficient"
-    return "cudnn" if major >= 9 and torch.backends.cudnn.is_available() and not deterministic else "flash"
+    cudnn = major >= 9 and torch.backends.cudnn.is_available() and head_dim <= 128
+    return "cudnn" if cudnn and not deterministic else "flash"
 
 
 def causal_attention(

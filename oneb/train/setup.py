@@ -71,7 +71,8 @@ def build(config: Config, say: Callable[[str], None]) -> Parts:
     if epochs > 1.0:
         notes.append(f"the run reads its {n_train:,} training tokens {epochs:.1f} times")
     dtype = DTYPES[compute_dtype(train)]
-    backend = choose_backend(device.torch, dtype, train.deterministic)
+    head_dim = max(config.model.qk_head_dim, config.model.v_head_dim)
+    backend = choose_backend(device.torch, dtype, head_dim, train.deterministic)
     # Set either way: a process may train more than once. Filling fresh memory guards against bugs, and costs a pass.
     torch.use_deterministic_algorithms(train.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False
