@@ -231,3 +231,10 @@ def test_the_printed_command_trains_from_anywhere(tmp_path):
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "oneb_decoupled_seed1337" / "last.pt").exists()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    command = f"{sys.executable} {ROOT}/run_1b_launch.py --data demo | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("[plan]")
+    assert done.stderr == ""
