@@ -14,7 +14,7 @@ from oneb.errors import OnebError
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of a run; ``run_1b_launch.py`` takes the same and prints this command in full."""
-    parser = OptionParser(prog="python -m oneb.train", allow_abbrev=False,
+    parser = OptionParser(prog="python -m oneb.train", usage="python -m oneb.train [options]", allow_abbrev=False,
                           description="Train. `run_1b_launch.py` plans first, and prints this command.")
     add_config_options(parser)
     return parser
