@@ -31,7 +31,8 @@ examples:
 def build_parser() -> argparse.ArgumentParser:
     """The launcher's options: those of a run, and ``--run``."""
     parser = OptionParser(
-        prog="run_1b_launch.py", usage="run_1b_launch.py [options] [--run]", description="Plan a ~1B-parameter pretraining run; with --run, start it.",
+        prog="run_1b_launch.py", usage="run_1b_launch.py [options] [--run]",
+        description="Plan a ~1B-parameter pretraining run; with --run, start it.",
         epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
     parser.add_argument("--run", action="store_true", help="start the run (default: a dry run that only prints)")
