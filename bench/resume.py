@@ -33,7 +33,7 @@ def main() -> int:
     def trained(name: str, *lengths: int) -> Path:
         for number, steps in enumerate(lengths):
             words = [*args.options, "--steps", str(steps), "--log-every", "1", "--eval-every", "0",
-                     "--warmup-steps", "4", "--lr-schedule", "constant", "--run-root", str(args.run_root / name)]
+                     "--warmup-steps", "1", "--lr-schedule", "constant", "--run-root", str(args.run_root / name)]
             log = args.run_root / f"{name}{number}.log"
             code, _ = launch([*words, *(["--resume"] if number else []), "--run"], log)
             if code:

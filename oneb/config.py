@@ -19,6 +19,7 @@ VARIANTS = ("decoupled", "baseline", "gqa", "gqa_kv2", "bottleneck")
 DEMO_DATA = "demo"
 BYTE_VOCAB_SIZE = 257
 GPT2_VOCAB_SIZE = 50257
+DATA_FORMATS = ("npy", "bin", "raw", "pt", "txt", "auto")
 
 
 def option(
@@ -117,7 +118,7 @@ class DataConfig:
 
     path: str = option("--data", "token file, folder or glob; 'demo' needs no file", "fineweb_1b.npy")
     format: str = option(
-        "--data-format", "how tokens are stored", "npy", choices=("npy", "bin", "raw", "pt", "txt", "auto")
+        "--data-format", "how tokens are stored", "npy", choices=DATA_FORMATS
     )
 
 

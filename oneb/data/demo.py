@@ -17,7 +17,6 @@ import numpy as np
 from oneb.errors import OnebError
 
 DEMO_EOT = 256
-DEMO_VOCAB_SIZE = 257
 
 # Installed packages differ between machines; tests and toy programs are poor prose.
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__",

@@ -14,7 +14,6 @@ import numpy as np
 
 from oneb.errors import OnebError
 
-DATA_FORMATS = ("npy", "bin", "raw", "pt", "txt", "auto")
 SUFFIXES = {".npy": "npy", ".bin": "bin", ".pt": "pt", ".txt": "txt"}
 
 # llm.c and modded-nanogpt shards: 256 little-endian int32 (magic, version, token count, zeros),
@@ -30,7 +29,7 @@ def read_tokens(path: Path, data_format: str) -> np.ndarray:
     """The tokens of one file, 1-D, mapped and not loaded (except ``txt``).
 
     Args:
-        data_format: one of ``DATA_FORMATS``; "auto" goes by the suffix, and a ``.bin`` without
+        data_format: one of :data:`oneb.config.DATA_FORMATS`; "auto" goes by the suffix, and a ``.bin`` without
             the llm.c magic number is raw uint16.
 
     Raises:

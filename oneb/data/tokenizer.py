@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from oneb.data.demo import DEMO_EOT, DEMO_VOCAB_SIZE
+from oneb.config import BYTE_VOCAB_SIZE, GPT2_VOCAB_SIZE
+from oneb.data.demo import DEMO_EOT
 from oneb.errors import OnebError
 
 
@@ -30,7 +31,7 @@ class BytesTokenizer:
     """One id a UTF-8 byte."""
 
     name = "bytes"
-    vocab_size = DEMO_VOCAB_SIZE
+    vocab_size = BYTE_VOCAB_SIZE
     eot = DEMO_EOT
 
     def encode(self, text: str) -> list[int]:
@@ -51,7 +52,7 @@ class Gpt2Tokenizer:
     """GPT-2's byte-pair encoding, by tiktoken."""
 
     name = "gpt2"
-    vocab_size = 50257
+    vocab_size = GPT2_VOCAB_SIZE
     eot = 50256
 
     def __init__(self) -> None:

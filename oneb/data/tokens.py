@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from oneb.data.formats import DATA_FORMATS, SUFFIXES, read_tokens
+from oneb.config import BYTE_VOCAB_SIZE, DATA_FORMATS, DEMO_DATA
+from oneb.data.formats import SUFFIXES, read_tokens
 from oneb.data.sidecar import Sidecar, read_sidecar, sidecar_path
 from oneb.errors import OnebError
 from oneb.units import format_count
-
-DEMO = "demo"  # the path that stands for the embedded text of demo.py
 
 _MAKE_DATA = "python3 prepare_fineweb.py --tokens 100M --output"
 _SCAN_TOKENS = 16 * 2**20
@@ -83,7 +82,7 @@ class Tokens:
         return self.files[shard], offset - self._starts[shard]
 
 
-def open_tokens(path: str, data_format: str = "npy", *, vocab_size: int, check_ids: bool = True,
+def open_tokens(path: str, data_format: str = "npy", *, vocab_size: int,
                 log: Callable[[str], None] | None = None) -> Tokens:
     """Open token files and check them: whole, of one kind, and every id below ``vocab_size``.
 
@@ -92,9 +91,8 @@ def open_tokens(path: str, data_format: str = "npy", *, vocab_size: int, check_i
             for the embedded text. Write "./demo" for a file of that name.
         data_format: one of ``DATA_FORMATS``.
         vocab_size: ids must lie in [0, vocab_size).
-        check_ids: False skips reading every token where no sidecar vouches for the largest id
-            (a dry run need not wait); the loader checks each batch in any case.
-        log: called with progress when that reading takes more than 2 seconds.
+        log: called with progress when reading every token, where no sidecar vouches for the largest id, takes
+            more than 2 seconds.
 
     Raises:
         OnebError: what is missing, cut short, contradictory or out of range, with file and token offset.
@@ -102,13 +100,12 @@ def open_tokens(path: str, data_format: str = "npy", *, vocab_size: int, check_i
     if data_format not in DATA_FORMATS:
         raise OnebError(f"--data-format {data_format!r} is not known; "
                         f"wanted one of {', '.join(DATA_FORMATS)}")
-    if path == DEMO:
+    if path == DEMO_DATA:
         return _open_demo(vocab_size)
     files = _find_files(path, data_format)
     shards = [Shard(str(file), read_tokens(file, data_format), read_sidecar(file)) for file in files]
     _check_sidecars(shards, vocab_size)
-    if check_ids:
-        _check_ids(shards, vocab_size, log)
+    _check_ids(shards, vocab_size, log)
     identity = ((np.memmap(shard.name, np.uint8, mode="r"), len(shard.array)) for shard in shards)
     tokens = Tokens(shards, _fingerprint(identity), _trust_warnings(shards))
     if tokens.n_tokens < 2:
@@ -118,16 +115,16 @@ def open_tokens(path: str, data_format: str = "npy", *, vocab_size: int, check_i
 
 
 def _open_demo(vocab_size: int) -> Tokens:
-    from oneb.data.demo import DEMO_EOT, DEMO_VOCAB_SIZE, demo_tokens
+    from oneb.data.demo import DEMO_EOT, demo_tokens
 
-    if vocab_size < DEMO_VOCAB_SIZE:
+    if vocab_size < BYTE_VOCAB_SIZE:
         raise OnebError(f"--data demo has ids up to {DEMO_EOT}, the model's vocabulary is {vocab_size}; "
-                        f"wanted --vocab-size {DEMO_VOCAB_SIZE} or more")
+                        f"wanted --vocab-size {BYTE_VOCAB_SIZE} or more")
     array = demo_tokens()
     array.flags.writeable = False
-    sidecar = Sidecar(tokens=len(array), encoding="bytes", vocab_size=DEMO_VOCAB_SIZE, eot=DEMO_EOT,
+    sidecar = Sidecar(tokens=len(array), encoding="bytes", vocab_size=BYTE_VOCAB_SIZE, eot=DEMO_EOT,
                       source="Python's standard library")
-    return Tokens([Shard(DEMO, array, sidecar)], _fingerprint([(array.view(np.uint8), len(array))]))
+    return Tokens([Shard(DEMO_DATA, array, sidecar)], _fingerprint([(array.view(np.uint8), len(array))]))
 
 
 # -- Finding the files ---------------------------------------------------------------------------
