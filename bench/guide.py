@@ -19,7 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from runs import figures, launch, save, table
+from runs import figures, launch, save
+
+from oneb.bench.results import table
 
 STEPS = 20
 COLUMNS = {"line": "", "status": "", "steps": "", "first_loss": ".2f", "train_loss": ".2f", "val_loss": ".2f",

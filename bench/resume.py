@@ -11,8 +11,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from runs import launch, save, table
+from runs import launch, save
 
+from oneb.bench.results import table
 from oneb.files import read_json_lines
 
 COLUMNS = {"compared": "", "steps": "", "losses": "", "weights": "", "largest_loss_difference": ".2e"}

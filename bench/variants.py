@@ -11,7 +11,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from runs import Meter, figures, launch, save, table
+from runs import figures, launch, save
+
+from oneb.bench.meter import Meter
+from oneb.bench.results import table
 
 VARIANTS = ("baseline", "gqa", "gqa_kv2", "bottleneck", "decoupled")
 COLUMNS = {

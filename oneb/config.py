@@ -19,6 +19,9 @@ VARIANTS = ("decoupled", "baseline", "gqa", "gqa_kv2", "bottleneck")
 DEMO_DATA = "demo"
 BYTE_VOCAB_SIZE = 257
 GPT2_VOCAB_SIZE = 50257
+PRECISIONS = ("bf16", "fp8", "fp16", "fp32")
+# cuBLASLt's fp8 products take widths, and the backward pass tokens, in multiples of this.
+FP8_MULTIPLE = 16
 DATA_FORMATS = ("npy", "bin", "raw", "pt", "txt", "auto")
 
 
@@ -135,6 +138,9 @@ class TrainConfig:
     seed: int = option("--seed", "seed of initialisation, data order and rounding", 1337, type=int)
     device: str = option("--device", "where to train; auto: cuda, then mps, then cpu", "cuda",
                          choices=("cuda", "mps", "cpu", "auto"))
+    precision: str | None = option("--precision", "arithmetic of the matrix products, where --param-dtype, --amp and "
+                                   "--amp-dtype leave it open; fp8: products of the blocks in fp8, the rest as bf16 "
+                                   "(default bf16 on cuda, fp16 on a GPU without it, else fp32)", choices=PRECISIONS)
     param_dtype: str | None = option("--param-dtype", "weights; 16-bit ones are rounded stochastically "
                               "(default bf16 on cuda, else fp32)", choices=("bf16", "fp32", "fp16"))
     amp: bool | None = option("--amp", "compute in --amp-dtype where weights are fp32 (default: on cuda)", type=bool)
@@ -144,7 +150,9 @@ class TrainConfig:
                                    "(default: only if they would not fit)", type=bool)
     deterministic: bool = option("--deterministic", "bitwise repeatable on one kind of GPU, resumed or not; slower "
                                  "(FlashAttention 2 instead of cuDNN)", False, type=bool)
-    compile: bool | None = option("--compile", "torch.compile the blocks (default: on cuda)", type=bool)
+    fused_blocks: bool | None = option("--fused", "run the blocks by the hand-fused kernels (default: on cuda)", type=bool)
+    compile: bool | None = option("--compile", "torch.compile the blocks instead (default: on cuda with --no-fused)",
+                                  type=bool)
     compile_mode: str = option("--compile-mode", "torch.compile mode", "default",
                                choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
 
@@ -241,26 +249,39 @@ def model_differences(saved: ModelConfig, wanted: ModelConfig) -> list[str]:
     ]
 
 
-def device_defaults(config: TrainConfig, device: str, has_bf16: bool = True) -> TrainConfig:
-    """Fill in what only the device decides: ``param_dtype``, ``amp_dtype`` and ``compile``.
+def device_defaults(
+    config: TrainConfig, device: str, has_bf16: bool = True, has_triton: bool = True
+) -> TrainConfig:
+    """Fill in what only the device decides: the precision and its parts, ``fused_blocks`` and
+    ``compile``.
 
-    A GPU without bf16 arithmetic (T4, V100) gets fp16 wherever bf16 was asked for or implied.
+    A GPU without bf16 arithmetic (T4, V100) gets fp16 wherever bf16 was asked for or implied. Afterwards ``precision``
+    says what the blocks' products are computed in.
     """
     half = "bf16" if has_bf16 else "fp16"
-    param_dtype = config.param_dtype or (half if device == "cuda" else "fp32")
+    fp8 = config.precision == "fp8"
+    asked = "bf16" if fp8 else config.precision
+    param_dtype = config.param_dtype or asked or (half if device == "cuda" else "fp32")
     if param_dtype == "bf16":
         param_dtype = half
-    amp_dtype = config.amp_dtype or ("fp16" if param_dtype == "fp16" else half)
+    amp_dtype = config.amp_dtype or (asked if asked in ("bf16", "fp16") else "fp16" if param_dtype == "fp16" else half)
     if amp_dtype == "bf16":
         amp_dtype = half
     # On the CPU and mps, fp32 compute unless asked: 16-bit is slower there.
-    amp = config.amp if config.amp is not None else device == "cuda" or config.amp_dtype is not None
-    compiled = config.compile if config.compile is not None else device == "cuda"
-    return dataclasses.replace(config, param_dtype=param_dtype, amp_dtype=amp_dtype, amp=amp, compile=compiled)
+    amp = config.amp
+    if amp is None:
+        amp = asked != "fp32" if asked else device == "cuda" or config.amp_dtype is not None
+    fused = config.fused_blocks
+    if fused is None:  # fp8 products exist in the fused blocks only
+        fused = fp8 or device == "cuda" and has_triton and not config.compile
+    compiled = config.compile if config.compile is not None else device == "cuda" and not fused
+    settled = dataclasses.replace(config, param_dtype=param_dtype, amp_dtype=amp_dtype, amp=amp, fused_blocks=fused,
+                                  compile=compiled)
+    return dataclasses.replace(settled, precision="fp8" if fp8 else compute_dtype(settled))
 
 
 def compute_dtype(config: TrainConfig) -> str:
-    """Arithmetic of the matrix products, once :func:`device_defaults` has run."""
+    """Arithmetic of everything but fp8 products, once :func:`device_defaults` has run."""
     if config.param_dtype != "fp32":
         return config.param_dtype
     return config.amp_dtype if config.amp else "fp32"

@@ -132,6 +132,8 @@ def memory_estimate(config: Config, *, grad_checkpoint: bool) -> dict[str, int]:
         compute_dtype=compute_dtype(train),
         micro_batch_tokens=train.batch_size * longest_seq_len(train),
         grad_checkpoint=grad_checkpoint,
+        fused=bool(train.fused_blocks),
+        fp8=train.precision == "fp8",
     )
 
 

@@ -11,9 +11,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from oneb.accounting import qkv_widths
 from oneb.config import (
     BYTE_VOCAB_SIZE,
     DEMO_DATA,
+    FP8_MULTIPLE,
     Config,
     ModelConfig,
     OptimConfig,
@@ -159,6 +161,9 @@ def find_faults(config: Config) -> list[str]:
     faults = [*_range_faults(config)]
     faults += _model_faults(config.model)
     faults += _train_faults(config)
+    faults += _precision_faults(config.train)
+    if config.train.precision == "fp8":
+        faults += _fp8_faults(config)
     return faults
 
 
@@ -240,7 +245,58 @@ def _train_faults(config: Config) -> list[str]:
                       f"{train.amp_dtype}; leave --amp-dtype out, or keep weights in fp32")
     if train.amp is False and train.amp_dtype is not None:
         faults.append(f"--amp-dtype {train.amp_dtype} asks for mixed precision and --no-amp refuses it; leave one out")
+    if train.fused_blocks and train.compile:
+        faults.append("--fused runs the blocks by hand-written kernels, --compile by torch.compile; leave one of them out")
     tag = config.run.tag
     if not re.fullmatch(r"\w[\w.-]*", tag):
         faults.append(f"--tag {tag!r} becomes a folder's name; use letters, digits, '.', '_' and '-'")
+    return faults
+
+
+def _precision_faults(train: TrainConfig) -> list[str]:
+    """Options that ask for other arithmetic than ``--precision``."""
+    if train.precision is None:
+        return []
+    arithmetic = "bf16" if train.precision == "fp8" else train.precision
+    others = []
+    if train.param_dtype not in (None, "fp32", arithmetic):
+        others.append(f"--param-dtype {train.param_dtype}")
+    if train.amp_dtype not in (None, arithmetic):
+        others.append(f"--amp-dtype {train.amp_dtype}")
+    if train.amp and arithmetic == "fp32":
+        others.append("--amp")
+    if train.amp is False and train.param_dtype == "fp32" and arithmetic != "fp32":
+        others.append("--no-amp")
+    around = " around its fp8 products" if train.precision == "fp8" else ""
+    return [f"--precision {train.precision} computes in {arithmetic}{around}, and {other} does not; "
+            f"leave {other} out, or give the --precision that is meant" for other in others]
+
+
+def _fp8_faults(config: Config) -> list[str]:
+    """What the fp8 products of the blocks cannot be built from."""
+    faults, train, model = [], config.train, config.model
+    instead = "or use --precision bf16"
+    if train.device == "mps":
+        faults.append(f"--precision fp8 needs an NVIDIA GPU, and --device mps is none; use --device cuda, {instead}")
+    for flag in ["--no-fused"] * (train.fused_blocks is False) + ["--compile"] * bool(train.compile):
+        faults.append(f"--precision fp8 is computed by the fused blocks, and {flag} turns them off; "
+                      f"leave {flag} out, {instead}")
+    for _, seq_len in train.phases:
+        if (tokens := train.batch_size * seq_len) % FP8_MULTIPLE:
+            faults.append(f"--precision fp8 needs the tokens of a micro-batch in a multiple of {FP8_MULTIPLE}, and "
+                          f"--batch-size {train.batch_size} of {seq_len} tokens each makes {tokens}; "
+                          f"change one of them, {instead}")
+    if min(model.n_heads, model.n_kv_heads) < 1:
+        return faults  # reported as out of range
+    step = math.lcm(FP8_MULTIPLE, model.n_heads)
+    widths = {"--d-model": model.d_model, "--d-ff": model.d_ff}
+    if model.variant in _VARIANT_ONLY["attn_dim"]:
+        widths["--attn-dim"] = model.attn_dim
+    wrong = [f"{flag} {width} (use {max(1, round(width / step)) * step})" for flag, width in widths.items()
+             if width % FP8_MULTIPLE]
+    if sum(qkv_widths(model)) % FP8_MULTIPLE:
+        wrong.append(f"queries, keys and values, {' + '.join(map(str, qkv_widths(model)))} wide together")
+    if wrong:
+        faults.append(f"--precision fp8 needs widths in multiples of {FP8_MULTIPLE}: not {'; nor '.join(wrong)}. "
+                      f"Change them, {instead}")
     return faults

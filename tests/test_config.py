@@ -19,6 +19,7 @@ from oneb.config import (
     sections,
 )
 from oneb.errors import ConfigErrors
+from oneb.gpus import GPUS
 from oneb.presets import SIZES
 
 VARIANTS = ("decoupled", "baseline", "gqa", "gqa_kv2", "bottleneck")
@@ -62,6 +63,7 @@ DEFAULTS = {
 CHOICES = {
     "--if-exists": ("suffix", "skip", "error", "resume"), "--variant": VARIANTS, "--optimizer": ("lion", "adamw"),
     "--lr-schedule": ("constant", "cosine", "linear", "wsd"), "--param-dtype": ("bf16", "fp32", "fp16"),
+    "--precision": ("bf16", "fp8", "fp16", "fp32"),
     "--amp-dtype": ("bf16", "fp16"), "--instrument": ("off", "basic", "medium", "full"),
     "--live": ("auto", "off", "basic", "rich"), "--device": ("cuda", "mps", "cpu", "auto"),
 }
@@ -146,13 +148,15 @@ def test_demo_data_brings_its_vocabulary():
 
 
 @pytest.mark.parametrize(("words", "device", "has_bf16", "weights", "compute", "compiled"), [
-    ((), "cuda", True, "bf16", "bf16", True),
-    ((), "cuda", False, "fp16", "fp16", True),
-    (("--param-dtype", "fp32"), "cuda", True, "fp32", "bf16", True),
-    (("--param-dtype", "fp32"), "cuda", False, "fp32", "fp16", True),
-    (("--param-dtype", "fp32", "--no-amp"), "cuda", True, "fp32", "fp32", True),
-    (("--param-dtype", "bf16"), "cuda", False, "fp16", "fp16", True),
-    (("--no-compile",), "cuda", True, "bf16", "bf16", False),
+    ((), "cuda", True, "bf16", "bf16", False),
+    ((), "cuda", False, "fp16", "fp16", False),
+    (("--param-dtype", "fp32"), "cuda", True, "fp32", "bf16", False),
+    (("--param-dtype", "fp32"), "cuda", False, "fp32", "fp16", False),
+    (("--param-dtype", "fp32", "--no-amp"), "cuda", True, "fp32", "fp32", False),
+    (("--param-dtype", "bf16"), "cuda", False, "fp16", "fp16", False),
+    (("--no-fused",), "cuda", True, "bf16", "bf16", True),
+    (("--no-fused", "--no-compile"), "cuda", True, "bf16", "bf16", False),
+    (("--compile",), "cuda", True, "bf16", "bf16", True),
     ((), "cpu", True, "fp32", "fp32", False),
     ((), "mps", True, "fp32", "fp32", False),
     (("--amp-dtype", "bf16"), "cpu", True, "fp32", "bf16", False),
@@ -161,6 +165,37 @@ def test_demo_data_brings_its_vocabulary():
 def test_what_the_device_decides(words, device, has_bf16, weights, compute, compiled):
     train = device_defaults(parse(*words).train, device, has_bf16)
     assert (train.param_dtype, compute_dtype(train), train.compile) == (weights, compute, compiled)
+
+
+@pytest.mark.parametrize(("words", "device", "has_bf16", "weights", "compute", "precision"), [
+    ("", "cuda", True, "bf16", "bf16", "bf16"),
+    ("", "cuda", False, "fp16", "fp16", "fp16"),
+    ("", "cpu", True, "fp32", "fp32", "fp32"),
+    ("--param-dtype fp32", "cuda", True, "fp32", "bf16", "bf16"),
+    ("--precision bf16", "cuda", True, "bf16", "bf16", "bf16"),
+    ("--precision bf16", "cuda", False, "fp16", "fp16", "fp16"),
+    ("--precision bf16", "cpu", True, "bf16", "bf16", "bf16"),
+    ("--precision bf16 --param-dtype fp32", "cpu", True, "fp32", "bf16", "bf16"),
+    ("--precision fp16", "cuda", True, "fp16", "fp16", "fp16"),
+    ("--precision fp16 --param-dtype fp32", "cuda", True, "fp32", "fp16", "fp16"),
+    ("--precision fp32", "cuda", True, "fp32", "fp32", "fp32"),
+    ("--precision fp32 --no-amp --param-dtype fp32", "cuda", True, "fp32", "fp32", "fp32"),
+    ("--precision fp8", "cuda", True, "bf16", "bf16", "fp8"),
+    ("--precision fp8 --param-dtype fp32", "cuda", True, "fp32", "bf16", "fp8"),
+    ("--precision fp8 --amp-dtype bf16", "cuda", True, "bf16", "bf16", "fp8"),
+    ("--precision fp8 --device cpu", "cpu", True, "bf16", "bf16", "fp8"),
+])
+def test_precision_sets_what_is_left_open(words, device, has_bf16, weights, compute, precision):
+    train = device_defaults(parse(*words.split()).train, device, has_bf16)
+    assert (train.param_dtype, compute_dtype(train), train.precision) == (weights, compute, precision)
+    assert device_defaults(train, device, has_bf16) == train
+    assert train.fused_blocks or precision != "fp8"
+
+
+def test_gpus_with_fp8_are_those_from_ada_on_and_twice_as_fast_in_it():
+    without = {"a100-80", "a100-40", "a6000", "a40", "a10", "3090", "v100", "t4"}
+    assert {gpu.key for gpu in GPUS if gpu.flops_fp8 is None} == without
+    assert all(1.99 < gpu.flops_fp8 / gpu.flops_16bit < 2.03 for gpu in GPUS if gpu.flops_fp8)
 
 
 # -- Faults ---------------------------------------------------------------------------------------
@@ -195,11 +230,29 @@ def test_what_the_device_decides(words, device, has_bf16, weights, compute, comp
     ("--seed -1", ["--seed -1", "between 0 and"]),
     ("--no-amp --amp-dtype bf16", ["--amp-dtype bf16", "--no-amp", "leave one out"]),
     ("--param-dtype bf16 --amp-dtype fp16", ["--param-dtype bf16", "--amp-dtype"]),
+    ("--precision fp32 --param-dtype bf16", ["computes in fp32", "leave --param-dtype bf16 out"]),
+    ("--precision fp32 --amp", ["computes in fp32", "leave --amp out"]),
+    ("--precision fp16 --param-dtype bf16", ["computes in fp16", "--param-dtype bf16"]),
+    ("--precision bf16 --param-dtype fp32 --no-amp", ["computes in bf16", "leave --no-amp out"]),
+    ("--precision fp8 --amp-dtype fp16", ["computes in bf16 around its fp8 products", "leave --amp-dtype fp16 out"]),
+    ("--precision fp8 --param-dtype fp16", ["leave --param-dtype fp16 out", "the --precision that is meant"]),
+    ("--precision fp8 --device mps", ["--device mps", "--precision bf16"]),
+    ("--precision fp8 --no-fused", ["leave --no-fused out", "--precision bf16"]),
+    ("--precision fp8 --compile", ["leave --compile out", "--precision bf16"]),
+    ("--precision fp8 --d-ff 1000", ["--d-ff 1000 (use 992)", "multiples of 16"]),
+    ("--precision fp8 --size nano", ["--attn-dim 24 (use 32)", "24 + 24 + 24 wide together"]),
+    ("--precision fp8 --train-seq-len 1001", ["--batch-size 1 of 1001 tokens", "multiple of 16"]),
     ("--tag a/b", ["--tag 'a/b'", "letters"]),
 ])
 def test_a_fault_says_what_was_given_and_the_fix(words, said):
     (fault,) = faults(*words.split())
     assert not [part for part in said if part not in fault]
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if size != "nano"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_real_size_and_variant_runs_in_fp8(size, variant):
+    assert parse("--precision", "fp8", "--size", size, "--variant", variant).train.precision == "fp8"
 
 
 def test_tied_queries_are_fine_where_gqa_shares_nothing():
@@ -283,12 +336,16 @@ def configs(draw):
         lr_schedule=draw(st.sampled_from(["constant", "cosine", "linear", "wsd"])), fused=draw(st.booleans()))
     param_dtype = draw(st.sampled_from([None, "bf16", "fp32", "fp16"]))
     amp_dtype = param_dtype if param_dtype in ("bf16", "fp16") else draw(st.sampled_from([None, "bf16", "fp16"]))
+    # Of the precisions, the one that says what these say; fp8 also depends on the widths.
+    arithmetic = param_dtype if param_dtype in ("bf16", "fp16") else amp_dtype
+    amp = draw(st.sampled_from([None, True] if amp_dtype else [None, True, False]))
     train = dataclasses.replace(
-        base.train, steps=steps, phases=tuple((start, draw(st.integers(1, block))) for start in starts),
+        base.train, precision=draw(st.sampled_from([None, arithmetic])), steps=steps,
+        phases=tuple((start, draw(st.integers(1, block))) for start in starts),
         batch_size=draw(st.integers(1, 64)), grad_accum=draw(st.integers(1, 64)), seed=draw(EVERY),
         eval_every=draw(EVERY), param_dtype=param_dtype, amp_dtype=amp_dtype,
-        amp=draw(st.sampled_from([None, True] if amp_dtype else [None, True, False])),
-        grad_checkpoint=draw(st.sampled_from([None, True, False])), compile=draw(st.sampled_from([None, True, False])))
+        amp=amp, grad_checkpoint=draw(st.sampled_from([None, True, False])),
+        compile=draw(st.sampled_from([None, True, False])))
     run = RunConfig(**draw(instances(RunConfig, root=TEXT, tag=st.from_regex(r"\A\w[\w.-]{0,9}\Z"), save_every=EVERY,
                                      ckpt=st.none() | TEXT)))
     names = {f"wandb_{name}": st.none() | TEXT for name in ("entity", "name", "group", "tags", "id")}

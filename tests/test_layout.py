@@ -17,13 +17,14 @@ PLACES = (
     (r"oneb/(data|kernels|model|optim)/", 2, None),  # None: the folder's name
     (r"oneb/distributed", 2, "distributed"),
     (r"oneb/train/trainer", 4, "trainer"),
+    (r"oneb/bench/", 4, "bench"),
     (r"oneb/cli/|oneb/(\w+/)?__main__", 5, "cli"),
     (r"oneb/(train|inspect|use)/", 3, None),
 )
 # On one floor, a place uses only itself and these.
 NEIGHBOURS = {
     "model": {"kernels", "distributed"}, "optim": {"kernels", "distributed"}, "data": {"distributed"},
-    "train": {"inspect"}, "use": {"train"},
+    "train": {"inspect"}, "use": {"train"}, "bench": {"trainer"},
 }
 THIRD_PARTY_FROM_FLOOR = 2
 MAX_LINES = 400

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from oneb.kernels import optimizer_step
+from oneb.kernels.runtime import triton_available
 from oneb.optim import LossScaler, build_optimizer, clip_scale, grad_norm
 
 KINDS = ("lion", "adamw")
@@ -25,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 7, 1024, 4099)
 SCALES = (0.37, 1.0, float("nan"), float("inf"), float("-inf"))
 
-needs_triton = pytest.mark.skipif(not optimizer_step.triton_available(), reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not triton_available(), reason="Triton is not installed")
 
 
 def tensors(
@@ -100,10 +101,10 @@ def test_kernels_equal_twins_in_the_interpreter():
 def test_without_triton_the_twins_remain():
     code = (
         "import sys; sys.modules['triton'] = None\n"  # makes `import triton` fail
-        "import torch; from oneb.kernels import optimizer_step as s\n"
+        "import torch; from oneb.kernels import optimizer_step as s, runtime\n"
         "p, g, m = torch.zeros(3, 5).unbind()\n"
         "s.lion_step_plain(p, g + 1, m, torch.ones(()), lr=1., betas=(.9, .99), weight_decay=0., key=1)\n"
-        "print(s.triton_available(), p.tolist())"
+        "print(runtime.triton_available(), p.tolist())"
     )
     assert python("-c", code).strip() == "False [-1.0, -1.0, -1.0, -1.0, -1.0]"
 

@@ -14,6 +14,7 @@ _COMMANDS = {
     "prepare": "make a token file from FineWeb-Edu or local text",
     "sample": "generate text from a checkpoint",
     "report": "redraw the plots and summary of a run directory",
+    "bench": "measure the training step: speed, where its time goes, the hardware's ceilings",
 }
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from oneb.kernels.narrow_attention import MAX_HEAD_DIM, narrow_attention
 from oneb.kernels.null_attention import null_attention
+from oneb.kernels.runtime import triton_available
 
 # Fused kernels read heads in 16-byte rows, and want queries, keys and values equally wide.
 _HEAD_MULTIPLE = 8
@@ -23,6 +25,7 @@ SDP_BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cpu": SDPBackend.FLASH_ATTENTION,
     "math": SDPBackend.MATH,
+    "narrow": SDPBackend.MATH,  # our own kernel: SDPA is not asked
 }
 
 
@@ -31,8 +34,9 @@ def choose_backend(
 ) -> str:
     """Name of the fastest fused attention here: a key of :data:`SDP_BACKENDS`.
 
-    cuDNN on Hopper and later (1.5-1.7x FlashAttention 2 there), FlashAttention 2 on Ampere and Ada,
-    the memory-efficient kernel on older cards and in fp32, and no fused kernel on mps.
+    Our own kernel for narrow heads, from Ampere on; else cuDNN on Hopper and later (1.5-1.7x FlashAttention 2 there),
+    FlashAttention 2 on Ampere and Ada, the memory-efficient kernel on older cards and in fp32, and no fused kernel
+    on mps.
 
     Args:
         head_dim: the wider of query and value heads. cuDNN trains heads up to 128 wide, FlashAttention up to 256.
@@ -46,8 +50,23 @@ def choose_backend(
     major, _ = torch.cuda.get_device_capability(device)
     if dtype == torch.float32 or major < 8 or head_dim > 256:
         return "efficient"
-    cudnn = major >= 9 and torch.backends.cudnn.is_available() and head_dim <= 128
-    return "cudnn" if cudnn and not deterministic else "flash"
+    if head_dim <= MAX_HEAD_DIM and triton_available():
+        return "narrow"
+    cudnn = major >= 9 and head_dim <= 128 and not deterministic and cudnn_attention_runs(device, dtype)
+    return "cudnn" if cudnn else "flash"
+
+
+def cudnn_attention_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether cuDNN's attention works here, by trying it: another cuDNN on the library path makes it fail."""
+    if not torch.backends.cudnn.is_available():
+        return False
+    x = torch.ones(1, 1, 64, 64, device=device, dtype=dtype)
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    except RuntimeError:
+        return False  # fallback: FlashAttention 2, and the run's notes say so
+    return True
 
 
 def causal_attention(
@@ -59,6 +78,8 @@ def causal_attention(
         backend: from :func:`choose_backend`. Without a null key torch's own dispatcher picks the kernel;
             the trainer restricts it to the same backend.
     """
+    if backend == "narrow":
+        return narrow_attention(q, k, v, null_k, null_v)
     width = v.shape[-1]
     wide = -(-max(q.shape[-1], width) // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
     q, k, v, null_k, null_v = (_pad_heads(x, wide) for x in (q, k, v, null_k, null_v))

@@ -7,20 +7,15 @@ arXiv 2410.10989). The weight's gradient accumulates over the chunks in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from oneb.accounting import HEAD_CHUNK_TOKENS
+from oneb.kernels.softmax_loss import softmax_cross_entropy
 
-SoftmaxGrad = Callable[[Tensor, Tensor, int], "tuple[Tensor, Tensor]"]
 
-
-def head_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softmax_grad: SoftmaxGrad | None = None
-) -> Tensor:
+def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Mean cross-entropy over tokens, a fp32 scalar.
 
     Args:
@@ -28,11 +23,10 @@ def head_loss(
         weight: (padded vocabulary, d); rows from ``vocab_size`` on are padding and never win the softmax.
         targets: (N,) token ids, any integer dtype.
         vocab_size: tokens that exist.
-        softmax_grad: :func:`softmax_cross_entropy`, or a compiled version of it.
     """
     targets = targets.long()
     if torch.is_grad_enabled():
-        return _HeadLoss.apply(hidden, weight, targets, vocab_size, softmax_grad or softmax_cross_entropy)
+        return _HeadLoss.apply(hidden, weight, targets, vocab_size)
     weight = weight.to(hidden.dtype)
     chunks = zip(hidden.split(HEAD_CHUNK_TOKENS), targets.split(HEAD_CHUNK_TOKENS), strict=True)
     losses = [
@@ -47,28 +41,18 @@ def head_loss_twin(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: 
     return F.cross_entropy(logits.float(), targets.long())
 
 
-def softmax_cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Summed loss (fp32 scalar) of a chunk, and its gradient with respect to ``logits`` (same shape and dtype)."""
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    wide = torch.where(columns < vocab_size, logits.float(), float("-inf"))
-    lse = wide.logsumexp(-1, keepdim=True)
-    loss = (lse - wide.gather(1, targets[:, None])).sum()
-    grad = (wide - lse).exp() - (columns == targets[:, None]).float()
-    return loss, grad.to(logits.dtype)
-
-
 class _HeadLoss(torch.autograd.Function):
     """Keeps gradients of the *summed* loss, whose size does not depend on N: fp16 could not hold them divided by it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, softmax_grad):
+    def forward(ctx, hidden, weight, targets, vocab_size):
         stored_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden)
         dweight = None
         for start in range(0, len(hidden), HEAD_CHUNK_TOKENS):
             rows = slice(start, start + HEAD_CHUNK_TOKENS)
-            chunk_loss, dlogits = softmax_grad(F.linear(hidden[rows], weight), targets[rows], vocab_size)
+            chunk_loss, dlogits = softmax_cross_entropy(F.linear(hidden[rows], weight), targets[rows], vocab_size)
             loss += chunk_loss
             torch.mm(dlogits, weight, out=dhidden[rows])
             product = dlogits.t() @ hidden[rows]
@@ -86,4 +70,4 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         dhidden, dweight = ctx.saved_tensors
         scale = grad / len(dhidden)
-        return (dhidden * scale).to(dhidden.dtype), (dweight * scale).to(ctx.stored_dtype), None, None, None
+        return (dhidden * scale).to(dhidden.dtype), (dweight * scale).to(ctx.stored_dtype), None, None

@@ -18,30 +18,17 @@ All arithmetic is fp32. Weight decay is applied as the papers write it, ``p - lr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch on macOS and Windows comes without Triton; the twins need none
-    triton = None
+from oneb.kernels.runtime import jit, tl, triton
 
 _BLOCK = 1024  # elements a program; 8 a thread, so that a thread's bf16 load is 16 bytes
 _CHUNK = 2**24  # elements the twins take at a time: bounds their temporaries to about 1 GiB
 _UINT32 = 0xFFFFFFFF
-
-
-def triton_available() -> bool:
-    """Whether the fused steps can be called at all (they also need CUDA, or Triton's interpreter)."""
-    return triton is not None
-
-
-def _jit(function: Callable[..., Any]) -> Any:
-    return function if triton is None else triton.jit(function)
 
 
 # ---- noise ---------------------------------------------------------------------------------------
@@ -195,16 +182,16 @@ def _write_where_finite(
 
 # ---- the kernels: line by line the twins above ---------------------------------------------------
 
-_mix32 = _jit(mix32)
+_mix32 = jit(mix32)
 
 
-@_jit
+@jit
 def _round_bf16(magnitude, noise):
     carried = (magnitude + (noise >> 16)) & 0xFFFF0000
     return tl.minimum(carried, 0x7F7F0000)
 
 
-@_jit
+@jit
 def _round_fp16(magnitude, noise):
     spacing = tl.maximum(magnitude & 0x7F800000, 113 << 23) - (10 << 23)
     steps = magnitude.to(tl.float32, bitcast=True) * ((254 << 23) - spacing).to(tl.float32, bitcast=True)
@@ -214,7 +201,7 @@ def _round_fp16(magnitude, noise):
     return tl.minimum(rounded, 65504.0).to(tl.uint32, bitcast=True)
 
 
-@_jit
+@jit
 def _store_rounded(param_ptr, offsets, mask, value, key):
     dtype: tl.constexpr = param_ptr.dtype.element_ty
     if dtype != tl.float32:
@@ -267,11 +254,10 @@ def _adamw_kernel(
         _store_rounded(param_ptr, offsets, mask, p - lr * (update + weight_decay * p), key)
 
 
-if triton is not None:
-    # The key differs at every step and must not compile a kernel anew; n_elements may specialise, as
-    # knowing it divisible by 16 is what lets masked loads be wide.
-    _lion_kernel = triton.jit(_lion_kernel, do_not_specialize=["key"])
-    _adamw_kernel = triton.jit(_adamw_kernel, do_not_specialize=["key"])
+# The key differs at every step and must not compile a kernel anew; n_elements may specialise, as
+# knowing it divisible by 16 is what lets masked loads be wide.
+_lion_kernel = jit(_lion_kernel, do_not_specialize=["key"])
+_adamw_kernel = jit(_adamw_kernel, do_not_specialize=["key"])
 
 
 def lion_step_fused(

@@ -44,12 +44,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> Tensor:
         """Attend; with ``cache``, the cached tokens come first and ``x`` is appended to them."""
         q, k, v = self.project(x, rotary)
-        null_k, null_v = self.null()
         if cache is None:
-            y = causal_attention(q, k, v, null_k, null_v, self.backend)  # (B, H, T, V)
+            y = self.attend(q, k, v)
         else:
-            y = cached_attention(q, *cache.append(k, v), null_k, null_v)
-        return self.out(y.transpose(1, 2).flatten(2))  # (B, T, H * V) -> (B, T, d_model)
+            y = cached_attention(q, *cache.append(k, v), *self.null()).transpose(1, 2).flatten(2)
+        return self.out(y)  # (B, T, H * V) -> (B, T, d_model)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of what :meth:`project` gives, heads side by side: (B, T, H * V)."""
+        y = causal_attention(q, k, v, *self.null(), self.backend)  # (B, H, T, V)
+        return y.transpose(1, 2).flatten(2)
 
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled and rotated queries (B, H, T, D), rotated keys (B, K, T, D), values (B, K, T, V)."""
@@ -58,15 +62,15 @@ class Attention(nn.Module):
         k = k.unflatten(-1, (c.n_kv_heads, c.qk_head_dim))  # (B, T, K, D)
         v = v.unflatten(-1, (c.n_kv_heads, c.v_head_dim))  # (B, T, K, V)
         q = k if c.tie_qk else q.unflatten(-1, (c.n_heads, c.qk_head_dim))  # (B, T, H, D)
-        q, k = rotate(q, rotary, scale=self._query_scale(x.device)), rotate(k, rotary)
+        q, k = rotate(q, rotary, scale=self.query_scale(x.device)), rotate(k, rotary)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def null(self) -> tuple[Tensor | None, Tensor | None]:
         """The null key (K, D) and value (K, V), or (None, None)."""
         return (self.null_k, self.null_v) if self.config.null_attn else (None, None)
 
-    def _query_scale(self, device: torch.device) -> Tensor:
-        """What multiplies queries, fp32: 1/sqrt(S) and 1/sqrt(G) by entry (D,), times exp(s) by head (H, D)."""
+    def query_scale(self, device: torch.device) -> Tensor:
+        """What multiplies queries before they are rotated, fp32: 1/sqrt(S) and 1/sqrt(G) by entry (D,), times exp(s) by head (H, D)."""
         c = self.config
         sem = torch.full((c.sem_head_dim,), c.sem_head_dim**-0.5 if c.sem_head_dim else 1.0, device=device)
         geo = torch.full((c.geo_head_dim,), c.geo_head_dim**-0.5, device=device)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from oneb.config import ModelConfig
-from oneb.kernels.loss_head import head_loss, softmax_cross_entropy
+from oneb.kernels.loss_head import head_loss
+from oneb.kernels.products import Product, Product16
 from oneb.model.attention import Attention
+from oneb.model.float8_state import Float8State
+from oneb.model.fused import BlockProducts, block_matrices, fused_block
 from oneb.model.kv_cache import KVCache, LayerCache
 from oneb.model.layers import FeedForward, Linear, RMSNorm, Rotary, rotary_table
 
@@ -27,8 +33,13 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.d_model)
         self.feed_forward = FeedForward(config.d_model, config.d_ff)
+        # Set by Transformer.fuse: the four products of the fused path, made anew for each pass.
+        self.products: Callable[[], tuple[Product, ...]] | None = None
 
     def forward(self, x: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> Tensor:
+        """One block; ``cache`` is for generation."""
+        if self.products and cache is None:
+            return fused_block(self, x, rotary, BlockProducts(*self.products()))
         x = x + self.attention(self.attention_norm(x), rotary, cache)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -41,7 +52,6 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.grad_checkpoint = False
-        self.softmax_grad = softmax_cross_entropy
         # Its rows are also the output head. The last ones only pad the vocabulary to a multiple of 128.
         self.embedding = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -68,20 +78,30 @@ class Transformer(nn.Module):
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean next-token cross-entropy, fp32 scalar, of windows (B, T + 1): inputs and, shifted by one, targets."""
         hidden = self(tokens[:, :-1])
-        return head_loss(hidden.flatten(0, 1), self.embedding, tokens[:, 1:].flatten(), self.config.vocab_size,
-                         self.softmax_grad)
+        return head_loss(hidden.flatten(0, 1), self.embedding, tokens[:, 1:].flatten(), self.config.vocab_size)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits (..., vocab_size) of hidden states (..., d_model); padding rows are cut off."""
         return F.linear(hidden, self.embedding.to(hidden.dtype))[..., : self.config.vocab_size].float()
 
+    def fuse(self, float8: Float8State | None = None) -> None:
+        """Run the blocks by :mod:`oneb.model.fused` from now on, their products in fp8 if its state is given."""
+        for index, block in enumerate(self.blocks):
+            if float8:
+                block.products = functools.partial(float8.products, index)
+            else:
+                block.products = functools.partial(_products, block, self.compute_dtype)
+
     def compile(self, mode: str = "default") -> None:
-        """Compile the blocks and the loss head's softmax in place; a graph a sequence length serves all blocks."""
+        """Compile the blocks in place instead of fusing them by hand; a graph a sequence length serves all blocks."""
         mode = None if mode == "default" else mode
         for block in self.blocks:
             block.compile(mode=mode, dynamic=False)
         self.norm.compile(dynamic=False)
-        self.softmax_grad = torch.compile(softmax_cross_entropy, dynamic=False)
+
+
+def _products(block: Block, dtype: torch.dtype) -> tuple[Product, ...]:
+    return tuple(Product16(weight, dtype) for weight in block_matrices(block))
 
 
 def build_model(

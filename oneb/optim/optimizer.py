@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from oneb.errors import OnebError
 from oneb.kernels import optimizer_step
+from oneb.kernels.runtime import triton_available
 
 PARAM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -68,7 +69,7 @@ class Optimizer:
             for index, (name, param) in enumerate(_trained(named_parameters))
         ]
         on_cuda = all(entry.param.is_cuda for entry in self._entries)
-        self.fused = fused and on_cuda and optimizer_step.triton_available()
+        self.fused = fused and on_cuda and triton_available()
 
     @property
     def params(self) -> list[nn.Parameter]:

@@ -1,10 +1,11 @@
-"""torch.compile for a run: a graph for each sequence length, counted, so that a recompile never goes unseen."""
+"""What a run compiles, counted, so that nothing is ever compiled in the middle of it unseen."""
 
 from __future__ import annotations
 
 import torch
 from torch._dynamo.utils import counters
 
+from oneb.kernels.runtime import compiled_kernels
 from oneb.model.transformer import Transformer
 
 
@@ -19,6 +20,6 @@ def compile_model(model: Transformer, mode: str, n_lengths: int) -> None:
     model.compile(mode)
 
 
-def compiled_graphs() -> int:
-    """Graphs compiled so far in this process."""
-    return counters["stats"]["unique_graphs"]
+def compilations() -> int:
+    """Graphs of torch.compile and Triton kernels made ready so far in this process."""
+    return counters["stats"]["unique_graphs"] + compiled_kernels()

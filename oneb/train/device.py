@@ -19,6 +19,7 @@ class Device:
         name: as people name it ("NVIDIA H200", "cpu").
         gpu: the card's figures, or None where they are not known.
         has_bf16: native bf16 arithmetic.
+        has_fp8: fp8 matrix products; on the CPU, where they are only imitated, if it was asked for by name.
         free_bytes: memory that is free now; None where it is the host's.
     """
 
@@ -26,6 +27,7 @@ class Device:
     name: str
     gpu: Gpu | None
     has_bf16: bool
+    has_fp8: bool
     free_bytes: int | None
 
     @property
@@ -51,6 +53,7 @@ def open_device(name: str) -> Device:
     Raises:
         OnebError: it is not there.
     """
+    has_fp8 = name == "cpu"  # not where "auto" found nothing better
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, found in there.items() if found)
@@ -58,9 +61,25 @@ def open_device(name: str) -> Device:
         raise OnebError(f"--device {name} was asked for, and this PyTorch ({torch.__version__}) sees none; "
                         "use --device auto, or check `nvidia-smi` and that PyTorch is a CUDA build")
     if name != "cuda":
-        return Device(torch.device(name), name, None, True, None)
+        return Device(torch.device(name), name, None, True, has_fp8, None)
     device = torch.device("cuda", torch.cuda.current_device())
     card = torch.cuda.get_device_name(device)
     # is_bf16_supported() says yes to slow emulation as well; the capability does not.
-    has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8
-    return Device(device, card, find_gpu(card), has_bf16, torch.cuda.mem_get_info(device)[0])
+    capability = torch.cuda.get_device_capability(device)
+    return Device(device, card, find_gpu(card), capability[0] >= 8, capability >= (8, 9),
+                  torch.cuda.mem_get_info(device)[0])
+
+
+def check_precision(device: Device, precision: str | None) -> None:
+    """Refuse ``--precision fp8`` where there is no fp8.
+
+    Raises:
+        OnebError: the device cannot.
+    """
+    if precision != "fp8" or device.has_fp8:
+        return
+    needs = ("--precision fp8 needs a GPU with compute capability 8.9 or later (L4, L40S, RTX 4090, H100 and newer), "
+             f"and this run is on {device.name}")
+    if device.is_cuda:
+        raise OnebError(f"{needs}; use --precision {'bf16' if device.has_bf16 else 'fp16'}")
+    raise OnebError(f"{needs}; use --precision bf16 or fp32 (--device cpu imitates fp8, slowly)")

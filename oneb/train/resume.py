@@ -14,7 +14,7 @@ from oneb.train.setup import Parts
 
 # Options, or sections of them, that change nothing about what is computed from a given step on.
 _HARMLESS = {
-    "run", "log", "data.path", "train.device", "train.eval_every", "train.eval_iters", "train.compile",
+    "run", "log", "data.path", "train.device", "train.eval_every", "train.eval_iters", "train.fused_blocks", "train.compile",
     "train.compile_mode", "train.grad_checkpoint", "train.deterministic", "optim.fused", "model.max_seq_len",
 }
 
@@ -43,6 +43,8 @@ def restore(parts: Parts, directory: RunDirectory) -> StartingPoint:
     if parts.config.run.ckpt:
         path = Path(parts.config.run.ckpt)
         load_weights(parts.model, load_checkpoint(path), parts.config.model, path)
+        if parts.float8:
+            parts.float8.refresh_weights()
     return StartingPoint()
 
 
@@ -59,6 +61,10 @@ def _resume(parts: Parts, directory: RunDirectory) -> StartingPoint:
     load_weights(parts.model, saved, parts.config.model, path)
     parts.optimizer.load_state_dict(saved["optimizer"])
     parts.scaler.load_state_dict(saved["scaler"])
+    if parts.float8:
+        if saved["float8"]:  # else a run in another precision is continued: the scales are found anew
+            parts.float8.load_state_dict(saved["float8"])
+        parts.float8.refresh_weights()
     set_rng_state(saved["rng"])
     parts.notes += _changes(saved["config"], parts.config.to_dict())
     best_val_loss = saved["best_val_loss"]

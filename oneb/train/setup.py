@@ -15,12 +15,15 @@ from oneb.data.order import BatchOrder, split_tokens
 from oneb.data.tokens import Tokens, open_tokens
 from oneb.errors import OnebError
 from oneb.kernels.attention import choose_backend
+from oneb.kernels.runtime import triton_available
+from oneb.model.float8_state import Float8State
+from oneb.model.fused import block_matrices
 from oneb.model.transformer import DTYPES, Transformer, build_model
 from oneb.optim import LossScaler, Optimizer, build_optimizer
 from oneb.planner import memory_estimate
 from oneb.schedules import reached
 from oneb.train.compiles import compile_model
-from oneb.train.device import Device, open_device
+from oneb.train.device import Device, check_precision, open_device
 from oneb.train.evaluate import EVAL_ITER_TOKENS, Validation
 from oneb.units import format_gib
 
@@ -41,6 +44,7 @@ class Parts:
     model: Transformer
     optimizer: Optimizer
     scaler: LossScaler
+    float8: Float8State | None
     backend: str
     notes: list[str]
 
@@ -57,6 +61,7 @@ def build(config: Config, say: Callable[[str], None]) -> Parts:
     _check_torch()
     device = open_device(config.train.device)
     notes: list[str] = []
+    check_precision(device, config.train.precision)
     config = _settle(config, device, notes)
     # Data first: its mistakes are cheaper to hear of than the model's.
     tokens = open_tokens(config.data.path, config.data.format, vocab_size=config.model.vocab_size, log=say)
@@ -73,12 +78,18 @@ def build(config: Config, say: Callable[[str], None]) -> Parts:
     dtype = DTYPES[compute_dtype(train)]
     head_dim = max(config.model.qk_head_dim, config.model.v_head_dim)
     backend = choose_backend(device.torch, dtype, head_dim, train.deterministic)
+    if backend == "flash" and head_dim <= 128 and not train.deterministic and torch.cuda.get_device_capability(device.torch)[0] >= 9:
+        notes.append("cuDNN's attention does not run here (is another cuDNN on the library path?): FlashAttention 2 "
+                     "instead, which is about 1.6x slower on this card")
     # Set either way: a process may train more than once. Filling fresh memory guards against bugs, and costs a pass.
     torch.use_deterministic_algorithms(train.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False
     model = build_model(config.model, device=device.torch, param_dtype=DTYPES[train.param_dtype],
                         compute_dtype=dtype, seed=train.seed, backend=backend)
     model.grad_checkpoint = bool(train.grad_checkpoint)
+    float8 = Float8State([block_matrices(block) for block in model.blocks], dtype) if train.precision == "fp8" else None
+    if train.fused_blocks:
+        model.fuse(float8)
     if train.compile:
         compile_model(model, train.compile_mode, n_lengths=len(reached(train.phases, train.steps)))
     optim = config.optim
@@ -86,7 +97,8 @@ def build(config: Config, say: Callable[[str], None]) -> Parts:
                                 weight_decay=optim.weight_decay, seed=train.seed, fused=optim.fused)
     scaler = LossScaler(enabled=dtype == torch.float16, device=device.torch)
     encoding = tokens.encoding or {BYTE_VOCAB_SIZE: "bytes", GPT2_VOCAB_SIZE: "gpt2"}.get(config.model.vocab_size)
-    return Parts(config, device, tokens, encoding, order, validation, model, optimizer, scaler, backend, notes)
+    return Parts(config, device, tokens, encoding, order, validation, model, optimizer, scaler, float8,
+                 backend, notes)
 
 
 def describe(parts: Parts, start_step: int) -> dict[str, Any]:
@@ -110,7 +122,9 @@ def describe(parts: Parts, start_step: int) -> dict[str, Any]:
         "deterministic": config.train.deterministic,
         "param_dtype": config.train.param_dtype,
         "compute_dtype": compute_dtype(config.train),
+        "precision": config.train.precision,
         "grad_checkpoint": config.train.grad_checkpoint,
+        "fused_blocks": config.train.fused_blocks,
         "compile": config.train.compile,
         "optimizer_fused": parts.optimizer.fused,
         "data": config.data.path,
@@ -133,8 +147,8 @@ def _check_torch() -> None:
 def _settle(config: Config, device: Device, notes: list[str]) -> Config:
     """Fill in what the device decides, and say where that is not what was asked for."""
     asked = config.train
-    train = device_defaults(asked, device.torch.type, device.has_bf16)
-    if not device.has_bf16 and "bf16" in (asked.param_dtype, asked.amp_dtype):
+    train = device_defaults(asked, device.torch.type, device.has_bf16, triton_available())
+    if not device.has_bf16 and "bf16" in (asked.precision, asked.param_dtype, asked.amp_dtype):
         notes.append(f"{device.name} has no bf16 arithmetic: training in fp16 with loss scaling instead")
     if device.is_cuda and device.gpu is None:
         notes.append(f"the peak of {device.name} is not in our table (oneb/gpus.py): no MFU is shown")

@@ -23,7 +23,7 @@ from oneb.planner import make_plan, mfu
 from oneb.schedules import lr_at, seq_len_at, tokens_before
 from oneb.train import checkpoint
 from oneb.train.clock import StepClock, process_age_s
-from oneb.train.compiles import compiled_graphs
+from oneb.train.compiles import compilations
 from oneb.train.recorder import Recorder, open_recorder
 from oneb.train.resume import StartingPoint, restore
 from oneb.train.rundir import BEST, LAST, RunDirectory, claimed, run_directory
@@ -84,7 +84,7 @@ class Trainer:
         self.evaluated_at = -1
         # What the run starts from need not be saved again, if it is this directory's own.
         self.saved_at = start.step if directory.resume_from in (None, directory.path / LAST) else -1
-        self.graphs = 0
+        self.compiled: int | None = None  # graphs and kernels, once the first step has run
         self.skipped = int(parts.scaler.skipped_steps)
 
     @property
@@ -136,13 +136,18 @@ class Trainer:
         """
         train, optim = self.config.train, self.config.optim
         model, optimizer, scaler = self.parts.model, self.parts.optimizer, self.parts.scaler
+        float8 = self.parts.float8
         tokens = batch.tokens.to(model.device, non_blocking=True)
+        if float8 and not float8.calibrated:
+            self._calibrate(tokens)
         total = torch.zeros((), device=model.device)
         for micro_batch in tokens.split(train.batch_size):
             loss = model.loss(micro_batch) / train.grad_accum
             scaler.scale_loss(loss).backward()
             total += loss.detach()
         norm = grad_norm(optimizer.params, scaler.inv_scale)
+        if float8:
+            norm = norm + float8.fault()
         if self._analysis_due(self.step + 1):
             self.analyse()
         lr = lr_at(self.step, schedule=optim.lr_schedule, peak_lr=optim.lr, min_lr=optim.min_lr,
@@ -150,8 +155,18 @@ class Trainer:
         # A norm that is not finite makes this scale NaN, and the optimizer leaves weights and state alone.
         optimizer.step(lr, self.step, clip_scale(norm, optim.grad_clip, scaler.inv_scale))
         scaler.update(norm)
+        if float8:
+            float8.step()
         optimizer.zero_grad()
         return total, norm, lr
+
+    def _calibrate(self, tokens: Tensor) -> None:
+        """Before the first fp8 step: the sizes of activations and gradients, from one sequence in 16 bit."""
+        parts = self.parts
+        with parts.float8.calibrating():
+            loss = parts.model.loss(tokens[:1]) / self.config.train.batch_sequences
+            parts.scaler.scale_loss(loss).backward()
+        parts.optimizer.zero_grad()
 
     def _loader(self) -> BatchLoader:
         return BatchLoader(
@@ -166,14 +181,14 @@ class Trainer:
     def _first_of_its_length(self, seq_len: int) -> Iterator[None]:
         """The first step at a sequence length, which may compile: said beforehand, timed apart from the others."""
         began = time.perf_counter()
-        first_of_run = self.graphs == 0
-        if self.config.train.compile:
+        first_of_run = self.compiled is None
+        if self.parts.device.is_cuda:
             self.recorder.status(f"compiling for {seq_len} tokens a sequence, once; up to a minute")
         yield
         self.parts.device.synchronize()
         seconds = time.perf_counter() - began
         self.clock.restart()
-        self.graphs = compiled_graphs() or 1
+        self.compiled = compilations()
         text = f"first step at {seq_len} tokens took {seconds:.1f}s"
         if first_of_run:
             text += f", {process_age_s():.1f}s after the command was given"
@@ -189,9 +204,9 @@ class Trainer:
             "grad_norm": values[1], "seq_len": seq_len, **self._speed(seq_len),
             "memory_gib": self.parts.device.peak_gib(), "skipped": int(values[2]), "elapsed_s": process_age_s(),
         })
-        if self.config.train.compile and (graphs := compiled_graphs()) != self.graphs:
-            self.event("recompile", f"{graphs - self.graphs} graphs were compiled again since the last log row")
-            self.graphs = graphs
+        if (compiled := compilations()) > self.compiled:
+            self.event("recompile", f"{compiled - self.compiled} graphs or kernels were compiled since the last log row")
+            self.compiled = compiled
         if (skipped := int(values[2])) > self.skipped:
             self.recorder.warn(self.step, f"{skipped - self.skipped} updates skipped since the last log row: their "
                                f"gradients were not finite (loss now {values[0]:.4g})")
@@ -213,7 +228,7 @@ class Trainer:
             seq_len = seq_len_at(self.config.train.phases, max(0, self.step - 1))
             self.recorder.status("evaluating")
             loss, n_tokens = self.parts.validation.loss(self.parts.model, seq_len)
-            self.graphs = compiled_graphs() or self.graphs
+            self.compiled = compilations()
             self.evaluated_at = self.step
             best = loss < self.best_val_loss
             self.best_val_loss = min(loss, self.best_val_loss) if math.isfinite(loss) else self.best_val_loss
@@ -269,6 +284,7 @@ class Trainer:
             "model": parts.model.state_dict(),
             "optimizer": parts.optimizer.state_dict() if with_optimizer else None,
             "scaler": parts.scaler.state_dict(),
+            "float8": parts.float8.state_dict() if parts.float8 else None,
             "rng": checkpoint.rng_state(),
             "step": self.step,
             "tokens": self.tokens,

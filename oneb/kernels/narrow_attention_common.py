@@ -1,0 +1,235 @@
+"""What the forward and backward kernels of :mod:`oneb.kernels.narrow_attention` share."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oneb.kernels.runtime import jit, tl, triton
+
+_TUNED_TOKENS = (512, 16384)  # shorter sequences take the first tiles of a table; longer ones share a choice
+_L2_SHARE = 24 * 2**20  # bytes of keys and values in flight that should stay in a GPU's L2 cache
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel is cut: queries and keys of a tile, warps of a program, stages of its load pipeline.
+
+    Attributes:
+        polynomial: every how many-th exponential the forward computes as a polynomial: 0 (none), 4 or 8.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    polynomial: int = 0
+
+    def __post_init__(self) -> None:
+        assert 128 % self.queries == 0, "rows are padded to a multiple of 128"
+
+
+def _mixed_exp2(every: int) -> str:
+    """PTX for ``every`` values: 2**x by the special function unit, but for the last by a polynomial elsewhere.
+
+    The idea is FlashAttention 4's (Shah et al. 2025): where the special functions are the bound, multiply-adds are
+    idle. Cody and Waite's reduction: adding 1.5 * 2**23 rounds x to an integer n in the low bits; then
+    2**x = 2**n * 2**(x - n), |x - n| <= 1/2, the last factor by a cubic (minimax, relative error 7.5e-5, a 26th of
+    bf16's rounding), the first by adding n to the exponent's bits. x is held within -126 .. 127.
+    """
+    lines = [f"ex2.approx.ftz.f32 ${i}, ${every + i};" for i in range(every - 1)]
+    cubic = [_float_bits(c) for c in (0.05517167, 0.24261112, 0.69326099, 0.99992807)]
+    magic = _float_bits(1.5 * 2**23)
+    lines += [
+        f"max.ftz.f32 x, ${2 * every - 1}, {_float_bits(-126.0)};",
+        f"min.ftz.f32 x, x, {_float_bits(127.0)};",
+        f"add.rn.ftz.f32 n, x, {magic};",
+        f"sub.rn.ftz.f32 y, n, {magic};",
+        "sub.rn.ftz.f32 x, x, y;",
+        f"fma.rn.ftz.f32 y, x, {cubic[0]}, {cubic[1]};",
+        f"fma.rn.ftz.f32 y, y, x, {cubic[2]};",
+        f"fma.rn.ftz.f32 y, y, x, {cubic[3]};",
+        "mov.b32 i, n;", "shl.b32 i, i, 23;", "mov.b32 j, y;", "add.s32 i, i, j;", f"mov.b32 ${every - 1}, i;",
+    ]
+    return "{ .reg .f32 x, y, n; .reg .b32 i, j; " + " ".join(lines) + " }"
+
+
+def _float_bits(value: float) -> str:
+    return "0f" + struct.pack(">f", value).hex().upper()
+
+
+# Kernels see only those globals that are compile-time constants.
+constant = (lambda value: value) if tl is None else tl.constexpr
+LOG2E = constant(math.log2(math.e))
+_MIXED_4, _MIXED_8 = constant(_mixed_exp2(4)), constant(_mixed_exp2(8))
+_REGISTERS_4, _REGISTERS_8 = (constant(",".join(["=&f"] * n + ["f"] * n)) for n in (4, 8))
+
+
+# ---- in kernels ------------------------------------------------------------------------------------
+
+# Strides and lengths vary at run time: one compilation must serve them all.
+plain_integers = partial(jit, do_not_specialize=[
+    "q_b", "q_h", "q_t", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "g_b", "g_h", "g_t",
+    "n_tokens", "n_padded", "n_batch_heads", "heads_together", "tuning_tokens",
+])
+
+
+@jit
+def exp2(x, NATIVE: tl.constexpr, POLYNOMIAL: tl.constexpr = 0):
+    """2**x. The bare instruction: ``tl.exp2`` guards subnormals, which no probability needs.
+
+    Every ``POLYNOMIAL``-th value is computed as :func:`_mixed_exp2` says, where 2**-126 stands for all below.
+    """
+    if NATIVE and POLYNOMIAL == 4:
+        return tl.inline_asm_elementwise(_MIXED_4, _REGISTERS_4, [x], dtype=tl.float32, is_pure=True, pack=4)
+    elif NATIVE and POLYNOMIAL == 8:  # noqa: RET505  (Triton compiles only the branch taken)
+        return tl.inline_asm_elementwise(_MIXED_8, _REGISTERS_8, [x], dtype=tl.float32, is_pure=True, pack=8)
+    elif NATIVE:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@jit
+def product(a, b, acc, NATIVE: tl.constexpr):
+    """``a @ b + acc`` in fp32. Triton's interpreter multiplies the bits of bf16, hence the detour there."""
+    if NATIVE:
+        return tl.dot(a, b, acc)
+    else:  # noqa: RET505
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+
+
+@jit
+def head_pointer(pointer, batch, head, batch_stride, head_stride, ALIGN: tl.constexpr):
+    """Where a head's rows begin. Strides come divided by ``ALIGN``, so that the compiler sees the alignment."""
+    return pointer + (tl.cast(batch, tl.int64) * batch_stride + tl.cast(head, tl.int64) * head_stride) * ALIGN
+
+
+@jit
+def load_rows(
+    pointer, first, stride, n_tokens, COUNT: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    ALIGN: tl.constexpr, GUARD: tl.constexpr,
+):
+    """Rows ``first .. first + COUNT`` of a head, (COUNT, PADDED): zeros past ``WIDTH`` and, guarded, past the end."""
+    rows = tl.arange(0, COUNT)[:, None]
+    columns = tl.arange(0, PADDED)[None, :]
+    pointers = pointer + tl.cast(first, tl.int64) * stride * ALIGN + rows * stride * ALIGN + columns
+    if GUARD:
+        return tl.load(pointers, mask=(rows < n_tokens - first) & (columns < WIDTH), other=0.0)
+    elif WIDTH < PADDED:  # noqa: RET505
+        return tl.load(pointers, mask=(rows >= 0) & (columns < WIDTH), other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@jit
+def null_key(pointer, kv_head, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """A head's null key or value, fp32: (PADDED,), zeros from ``WIDTH`` on."""
+    columns = tl.arange(0, PADDED)
+    return tl.load(pointer + kv_head * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+
+
+@jit
+def place(program, n_tiles, n_batch_heads, heads_together):
+    """(tile, batch * heads + head) of a program: tile after tile of as many heads as L2 holds, then the next heads.
+
+    Tile 0 comes first: let it be the longest.
+    """
+    first = program // (heads_together * n_tiles) * heads_together
+    size = tl.minimum(heads_together, n_batch_heads - first)
+    inside = program - first * n_tiles
+    return inside // size, first + inside % size
+
+
+# ---- on the host -----------------------------------------------------------------------------------
+
+def padded_width(width: int) -> int:
+    """The width that tensor cores work on."""
+    return 16 if width <= 16 else 32
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``x`` with a contiguous last dimension: itself, as the model hands it over."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def alignment(*tensors: Tensor) -> int:
+    """Elements, at most 8 (a 16-byte load), that every row of every tensor is aligned to."""
+    steps = [step for x in tensors for step, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    return math.gcd(8, *steps)
+
+
+def strides(name: str, x: Tensor, align: int) -> dict[str, int]:
+    """Kernel arguments for the strides of (B, heads, T, D), in units of ``align`` elements."""
+    steps = [step if size > 1 else 0 for step, size in zip(x.stride()[:3], x.shape[:3], strict=True)]
+    return {f"{name}_{axis}": step // align for axis, step in zip("bht", steps, strict=True)}
+
+
+def order(k: Tensor, v: Tensor, heads: int) -> dict[str, int]:
+    """Arguments of :func:`place` for programs over ``heads`` heads a sequence."""
+    batch, kv_heads, n_tokens, _ = k.shape
+    one = n_tokens * (k.shape[-1] + v.shape[-1]) * k.element_size() * kv_heads // heads
+    return {"n_batch_heads": batch * heads, "heads_together": max(1, min(batch * heads, _L2_SHARE // max(1, one)))}
+
+
+def widths(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
+    """The compile-time sizes that every kernel takes."""
+    qk_width, v_width = q.shape[-1], v.shape[-1]
+    return {
+        "HEADS": q.shape[1], "KV_HEADS": k.shape[1], "QK_WIDTH": qk_width, "V_WIDTH": v_width,
+        "QK_PADDED": padded_width(qk_width), "V_PADDED": padded_width(v_width),
+    }
+
+
+def is_native(x: Tensor) -> bool:
+    """Whether the kernels run on an NVIDIA GPU: its instructions, its tensor cores. If not, in Triton's interpreter."""
+    return x.is_cuda and torch.version.hip is None
+
+
+def launch(
+    kernel: Any, table: tuple[Tiles, ...], tiles: Tiles | None, n_programs: Callable[[int, int], int],
+    arguments: dict[str, Any], restored: tuple[str, ...] = (),
+) -> None:
+    """Run ``kernel`` over ``n_programs(queries, keys)`` programs.
+
+    Args:
+        tiles: how to cut it; None tries all of ``table`` once for a GPU, a bucket of lengths and the widths, and keeps
+            the fastest, on disk too. A single candidate, or a short sequence, takes the first without trying.
+        restored: pointer arguments that the kernel adds to, which trials must leave as they were.
+    """
+    least, most = _TUNED_TOKENS
+    n_tokens = arguments["n_tokens"]
+    if tiles is None and (len(table) == 1 or n_tokens < least):
+        tiles = table[0]
+    # A multiply and an add may round once: scores times log2(e) minus their maximum want exactly that.
+    arguments = {**arguments, "enable_fp_fusion": True, "tuning_tokens": min(most, 1 << (n_tokens - 1).bit_length())}
+    if tiles is None:
+        grid = lambda meta: (n_programs(meta["QUERIES"], meta["KEYS"]),)  # noqa: E731
+        _tuned(kernel, table, restored)[grid](**arguments)
+    else:
+        kernel[(n_programs(tiles.queries, tiles.keys),)](
+            **arguments, **_sizes(kernel, tiles), num_warps=tiles.warps, num_stages=tiles.stages)
+
+
+def _sizes(kernel: Any, tiles: Tiles) -> dict[str, int]:
+    sizes = {"QUERIES": tiles.queries, "KEYS": tiles.keys, "POLYNOMIAL": tiles.polynomial}
+    return {name: size for name, size in sizes.items() if name in kernel.arg_names}
+
+
+@cache
+def _tuned(kernel: Any, table: tuple[Tiles, ...], restored: tuple[str, ...]) -> Any:
+    configs = [triton.Config(_sizes(kernel, t), num_warps=t.warps, num_stages=t.stages) for t in table]
+    key = ["tuning_tokens", "QK_PADDED", "V_PADDED", "HEADS", "KV_HEADS"]
+    options: dict[str, Any] = {"restore_value": list(restored)} if restored else {}
+    if "cache_results" in inspect.signature(triton.autotune).parameters:
+        options["cache_results"] = True
+    return triton.autotune(configs, key, **options)(kernel)

@@ -1,0 +1,332 @@
+"""Attention for narrow heads against naive softmax attention in fp64, forward and backward.
+
+On a machine with CUDA the ``gpu`` tests run the kernels there. Without, this file runs itself in a second process
+under Triton's interpreter (it must be switched on before Triton is imported), and compiles the kernels for the GPUs
+that matter, since the interpreter accepts more than the compiler does.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from oneb.kernels import narrow_attention as narrow
+from oneb.kernels import narrow_attention_backward, runtime
+from oneb.kernels.narrow_attention import Tiles
+
+NAMES = ("dq", "dk", "dv", "dnull_k", "dnull_v")
+OUT_TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 7e-4}
+GRAD_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.4e-3}
+# Row sums add probabilities as the values' product sees them, rounded to 16 bits: half a unit in the last place.
+LSE_TOLERANCE = {torch.bfloat16: 2**-8 + 1e-4, torch.float16: 2**-11 + 1e-4}
+SMALL = {"tiles": Tiles(32, 16, 4, 1)}
+SMALL_BACKWARD = {"dkdv_tiles": Tiles(16, 32, 4, 1), "dq_tiles": Tiles(32, 16, 4, 1)}
+
+needs_triton = pytest.mark.skipif(not runtime.triton_available(), reason="Triton is not installed")
+
+
+# ---- the reference ---------------------------------------------------------------------------------
+
+def naive(q, k, v, null_k, null_v):
+    """Softmax attention written out, in the dtype of the inputs: the null key is one more column of scores."""
+    repeats, n_tokens = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    scores = q @ k.transpose(-1, -2)
+    rows = torch.arange(n_tokens, device=q.device)
+    scores = scores.masked_fill(rows[:, None] < rows, float("-inf"))
+    if null_k is not None:
+        null_k, null_v = (x.to(q.dtype).repeat_interleave(repeats, 0) for x in (null_k, null_v))
+        scores = torch.cat([scores, (q * null_k[:, None]).sum(-1, keepdim=True)], -1)
+        v = torch.cat([v, null_v[None, :, None].expand(len(v), -1, -1, -1)], 2)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def gradients(inputs, dout, dtype):
+    """(out, lse, gradients) of the naive attention in ``dtype``."""
+    leaves = [x if x is None else x.detach().to(dtype).requires_grad_() for x in inputs]
+    out, lse = naive(*leaves)
+    out.backward(dout.to(dtype))
+    return out.detach(), lse.detach(), [x if x is None else x.grad for x in leaves]
+
+
+def error(got, expected):
+    """Relative error in the Frobenius norm."""
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def case(heads, kv_heads, n_tokens, width, v_width, dtype, null, seed, device, scale=1.0, batch=2):
+    """q, k and v as slices of one buffer, null key and value, and dout as a view with strides of its own."""
+    torch.manual_seed(seed)
+    widths = [heads * width, kv_heads * width, kv_heads * v_width]
+    buffer = torch.randn(batch, n_tokens, sum(widths) + 4)  # 4 more columns: rows are not packed
+    buffer[..., : heads * width] *= scale * width**-0.5
+    q, k, v, _ = buffer.to(device, dtype).split([*widths, 4], -1)
+    q, k, v = (x.unflatten(-1, (n, -1)).transpose(1, 2) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    nulls = [torch.randn(kv_heads, n).to(device) for n in (width, v_width)] if null else [None, None]
+    dout = torch.randn(heads, batch, n_tokens, v_width).to(device, dtype).transpose(0, 1)
+    return [q, k, v, *nulls], dout
+
+
+def check(inputs, dout, deterministic, forward=None, backward=None):
+    """Everything the raw functions return, against fp64 and against the error that plain 16-bit arithmetic makes."""
+    dtype = dout.dtype
+    out, lse = narrow.narrow_attention_forward(*inputs, **(forward or {}))
+    grads = narrow.narrow_attention_backward(dout, *inputs, out, lse, deterministic=deterministic, **(backward or {}))
+    want_out, want_lse, want_grads = gradients(inputs, dout, torch.float64)
+    rough_out, _, rough_grads = gradients(inputs, dout, dtype)
+    assert out.dtype == dtype
+    assert out.transpose(1, 2).is_contiguous()
+    assert error(out, want_out) < OUT_TOLERANCE[dtype]
+    assert error(out, want_out) < 1.3 * max(error(rough_out, want_out), 2**-10 * OUT_TOLERANCE[dtype])
+    assert (lse - want_lse).abs().max() < LSE_TOLERANCE[dtype]
+    single = dout.shape[2] == 1 and inputs[3] is None  # one key: the scores' gradients are exactly zero
+    for name, got, want, rough in zip(NAMES, grads, want_grads, rough_grads, strict=True):
+        if want is None:
+            assert got is None
+            continue
+        assert torch.isfinite(got).all(), name
+        if single and name in ("dq", "dk"):
+            assert got.abs().max() < 0.1, name
+            continue
+        limit = min(GRAD_TOLERANCE[dtype], max(1.3 * error(rough, want), 0.4 * GRAD_TOLERANCE[dtype]))
+        assert error(got, want) < limit, (name, error(got, want), error(rough, want))
+
+
+def check_large_scores(inputs, dout, deterministic, forward=None, backward=None):
+    """One-hot softmax rows: gradients cancel, so errors are measured against the terms that cancel."""
+    dtype = dout.dtype
+    out, lse = narrow.narrow_attention_forward(*inputs, **(forward or {}))
+    grads = narrow.narrow_attention_backward(dout, *inputs, out, lse, deterministic=deterministic, **(backward or {}))
+    want_out, want_lse, want_grads = gradients(inputs, dout, torch.float64)
+    assert error(out, want_out) < OUT_TOLERANCE[dtype]
+    assert error(lse, want_lse) < 1e-5
+    row = (dout.double().abs() * want_out.abs()).sum(-1, keepdim=True)  # (B, H, T, 1): what delta cancels
+    terms = {"dq": row * inputs[1].double().abs().mean(), "dk": row * inputs[0].double().abs()}
+    for name, got, want in zip(NAMES[:3], grads, want_grads, strict=False):
+        assert torch.isfinite(got).all(), name
+        size = want.norm() + terms[name].norm() if name in terms else want.norm()
+        assert (got.double() - want).norm() < GRAD_TOLERANCE[dtype] * size, name
+
+
+# ---- the interpreter, in a second process ----------------------------------------------------------
+
+def mend_interpreter():
+    """Two faults of Triton's interpreter that no GPU has.
+
+    It cuts fp32 off to bf16, which doubles every error; and up to Triton 3.6 its loops fail with NumPy 2.4.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor, *rest):
+        patch_tensor(tensor, *rest)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+
+    cast = InterpreterBuilder.cast_impl
+
+    def rounding_cast(self, source, target):
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, target)
+        bits = torch.from_numpy(source.data.copy()).bfloat16().view(torch.uint16).numpy()
+        return TensorHandle(bits, tl.bfloat16)
+
+    InterpreterBuilder.cast_impl = rounding_cast
+
+
+def run_in_interpreter():
+    mend_interpreter()
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN: an element left out would show
+    bf16, fp16 = torch.bfloat16, torch.float16
+    small = {"forward": SMALL, "backward": SMALL_BACKWARD}
+    shapes = [
+        (2, 2, 45, 12, 12, bf16, True), (4, 2, 33, 12, 16, fp16, True), (2, 1, 50, 24, 8, bf16, False),
+        (1, 1, 1, 12, 12, bf16, True), (1, 1, 17, 5, 32, bf16, False), (1, 1, 32, 16, 16, fp16, False),
+    ]
+    for seed, shape in enumerate(shapes):
+        for deterministic in (False, True):
+            check(*case(*shape, seed, "cpu"), deterministic, **small)
+    for seed, scale in enumerate((30.0, 3e3)):  # scores around 100 and 1e4: past the range that needs no maximum
+        check_large_scores(*case(1, 1, 45, 12, 12, bf16, seed == 1, seed, "cpu", scale), False, **small)
+    inputs, dout = case(2, 2, 45, 12, 12, bf16, True, 7, "cpu")
+    strided = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in inputs[:3]]
+    check([*strided, *inputs[3:]], dout, False, **small)
+    compare_regimes("cpu", small)
+    narrow_attention_backward.PACK = False  # lse and delta beside the queries instead of inside them
+    check(*case(4, 2, 45, 12, 12, bf16, True, 8, "cpu"), False, **small)
+    print("interpreted")
+
+
+def compare_regimes(device, small):
+    """Scores that all rise by a constant leave the softmax as it is, while the row sums cross every limit."""
+    for shift in (-120.0, -41.6, -41.5, 0.0, 69.3, 69.4, 88.0, 120.0):
+        inputs, dout = case(1, 1, 45, 12, 12, torch.bfloat16, False, 3, device)
+        q, k, v = (x.clone() for x in inputs[:3])
+        q[..., 0], k[..., 0] = 1.0, torch.tensor(shift).bfloat16()
+        out, lse = narrow.narrow_attention_forward(q, k, v, None, None, **small["forward"])
+        want, want_lse = naive(q.double(), k.double(), v.double(), None, None)
+        assert error(out, want) < OUT_TOLERANCE[torch.bfloat16], shift
+        assert (lse - want_lse).abs().max() < LSE_TOLERANCE[torch.bfloat16], shift
+
+
+def python(*arguments: str, **environment: str) -> str:
+    """What a second Python, started in the repository's root, prints."""
+    finished = subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **environment},
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@needs_triton
+def test_kernels_match_fp64_in_the_interpreter():
+    assert "interpreted" in python("-m", "tests.test_narrow_attention", TRITON_INTERPRET="1")
+
+
+# ---- on any machine --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("null", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_twin_matches_fp64(null, seed):
+    inputs, dout = case(4, 2, 37, 12, 9, torch.float32, null, seed, "cpu")
+    leaves = [x if x is None else x.detach().requires_grad_() for x in inputs]
+    out = narrow.narrow_attention(*leaves)  # off CUDA: the twin
+    out.backward(dout)
+    want_out, _, want_grads = gradients(inputs, dout, torch.float64)
+    assert error(out, want_out) < 1e-6
+    for leaf, want in zip(leaves, want_grads, strict=True):
+        assert want is None or error(leaf.grad, want) < 1e-5
+
+
+def test_without_triton_the_twin_remains():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"  # makes `import triton` fail
+        "import torch; from oneb.kernels.narrow_attention import narrow_attention\n"
+        "q, k, v = torch.randn(3, 1, 2, 5, 12).unbind()\n"
+        "print(torch.allclose(narrow_attention(q, k, v)[:, :, 0], v[:, :, 0]))"
+    )
+    assert python("-c", code).strip() == "True"
+
+
+@needs_triton
+@pytest.mark.parametrize(("capability", "dtype"), [(75, "fp16"), (90, "bf16")])
+@pytest.mark.parametrize("name", ["forward", "dkdv", "dq", "rows"])
+def test_kernels_compile(name, capability, dtype):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    home = narrow if name == "forward" else narrow_attention_backward
+    kernel = getattr(home, f"_{name}_kernel")
+    if not hasattr(kernel, "params"):
+        pytest.skip("Triton's interpreter is on in this process")
+    constants = {
+        "HEADS": 4, "KV_HEADS": 4, "QK_WIDTH": 12, "V_WIDTH": 12, "QK_PADDED": 16, "V_PADDED": 16, "ALIGN": 4,
+        "NULL": True, "NATIVE": True, "ONLINE": dtype == "fp16", "DQ": name != "dq", "QUERIES": 64, "KEYS": 32,
+        "ROWS": 128, "PACKED": dtype == "bf16", "Q_ALIGN": 4, "POLYNOMIAL": 8 if dtype == "bf16" else 0,
+    }
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    wide = {"lse_ptr", "lse2_ptr", "delta_ptr", "dnull_ptr", "null_k_ptr", "null_v_ptr"}
+    signature = {key: f"*{dtype}" if key.endswith("_ptr") else "i32" for key in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr") | dict.fromkeys(wide & set(kernel.arg_names), "*fp32")
+    if "dq_ptr" in signature and name != "dq":
+        signature["dq_ptr"] = "*fp32"
+    source = ASTSource(kernel, signature, constants)
+    ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4}).asm["ptx"]
+    if capability >= 80 and name != "rows":
+        assert "mma" in ptx  # tensor cores, not a loop of multiply-adds
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------
+
+@needs_triton
+@pytest.mark.gpu
+class TestOnGpu:
+    @pytest.mark.parametrize("null", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(("heads", "kv_heads", "width", "v_width"), [
+        (4, 4, 12, 12), (2, 2, 16, 16), (2, 2, 12, 16), (2, 2, 32, 32), (4, 2, 24, 8), (6, 1, 12, 12), (3, 3, 7, 1),
+    ])
+    def test_matches_fp64(self, heads, kv_heads, width, v_width, dtype, null):
+        for seed, n_tokens in enumerate((1, 17, 128, 257, 1000, 2048)):
+            inputs, dout = case(heads, kv_heads, n_tokens, width, v_width, dtype, null, seed, "cuda")
+            for deterministic in (False, True):
+                check(inputs, dout, deterministic)
+
+    @pytest.mark.parametrize("scale", [30.0, 300.0, 3e3])
+    @pytest.mark.parametrize("null", [False, True])
+    def test_large_scores(self, null, scale):
+        for seed, n_tokens in enumerate((33, 257, 1000)):
+            inputs, dout = case(2, 2, n_tokens, 12, 12, torch.bfloat16, null, seed, "cuda", scale)
+            check_large_scores(inputs, dout, deterministic=seed == 1)
+
+    def test_both_range_regimes(self):
+        compare_regimes("cuda", {"forward": {}})
+
+    @pytest.mark.parametrize("polynomial", [4, 8])
+    def test_exponentials_by_polynomial(self, polynomial):
+        for seed, scale in enumerate((1.0, 5.0, 20.0, 100.0)):
+            inputs, dout = case(2, 2, 515, 12, 12, torch.bfloat16, True, seed, "cuda", scale)
+            out, lse = narrow.narrow_attention_forward(*inputs, Tiles(64, 64, 4, 2, polynomial))
+            want, want_lse, _ = gradients(inputs, dout, torch.float64)
+            assert error(out, want) < OUT_TOLERANCE[torch.bfloat16]
+            assert (lse - want_lse).abs().max() < LSE_TOLERANCE[torch.bfloat16] + 1e-4 * scale
+
+    @pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq"])
+    def test_every_candidate(self, kernel):
+        inputs, dout = case(4, 2, 777, 12, 12, torch.bfloat16, True, 1, "cuda")
+        table = {"forward": narrow.FORWARD_TILES, "dkdv": narrow_attention_backward.DKDV_TILES,
+                 "dq": narrow_attention_backward.DQ_TILES}[kernel]
+        for tiles in table:
+            if kernel == "forward":
+                check(inputs, dout, False, forward={"tiles": tiles})
+            else:
+                for deterministic in {kernel == "dq", True}:
+                    check(inputs, dout, deterministic, backward={f"{kernel}_tiles": tiles})
+
+    def test_every_element_is_written(self):
+        torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+        try:
+            for deterministic in (False, True):
+                check(*case(4, 2, 299, 12, 12, torch.bfloat16, True, 5, "cuda"), deterministic)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def test_deterministic_gradients_repeat_bit_for_bit(self):
+        inputs, dout = case(4, 2, 1031, 12, 12, torch.bfloat16, True, 5, "cuda")
+        out, lse = narrow.narrow_attention_forward(*inputs)
+        first = narrow.narrow_attention_backward(dout, *inputs, out, lse, deterministic=True)
+        for _ in range(5):
+            again = narrow.narrow_attention_backward(dout, *inputs, out, lse, deterministic=True)
+            assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+    @pytest.mark.parametrize("null", [False, True])
+    def test_autograd(self, null):
+        inputs, dout = case(4, 2, 300, 12, 12, torch.bfloat16, null, 9, "cuda")
+        leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+        narrow.narrow_attention(*leaves).backward(dout)
+        _, _, want = gradients(inputs, dout, torch.float64)
+        for leaf, grad in zip(leaves, want, strict=True):
+            assert grad is None or error(leaf.grad, grad) < GRAD_TOLERANCE[torch.bfloat16]
+
+    def test_many_heads_and_far_rows(self):
+        """More than 65535 heads; and offsets past 2**31 elements from the first row to the last."""
+        check(*case(64, 64, 17, 12, 12, torch.bfloat16, True, 2, "cuda", batch=1100), deterministic=False)
+        wide = torch.randn(1, 300, 8_000_000, dtype=torch.bfloat16, device="cuda")
+        q, k, v = (wide[..., -96:].split(32, -1)[i][..., :24].unflatten(-1, (2, 12)).transpose(1, 2) for i in range(3))
+        check([q * 0.3, k, v, None, None], torch.randn_like(v), deterministic=False)
+
+
+if __name__ == "__main__":
+    assert not hasattr(narrow._forward_kernel, "device_caches"), "Triton's interpreter is off"
+    run_in_interpreter()
