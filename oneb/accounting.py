@@ -66,19 +66,23 @@ def memory_parts(
     """Estimated GPU memory by part, in bytes, at the peak of a step. The CUDA context comes on top.
 
     Optimizer state is fp32: one moment for Lion, two for AdamW. With fp8 products, each matrix of a block also
-    exists twice in 8 bits (as it is, and transposed).
+    exists twice in 8 bits (as it is, and transposed); with 16-bit products of fp32 weights, once in 16 bits from the
+    forward pass to the backward.
     """
     stored = sum(parameter_counts(model).values()) + (model.padded_vocab_size - model.vocab_size) * model.d_model
     width, value = BYTES[param_dtype], BYTES[compute_dtype]
     layer = activation_bytes_per_token(model, value, 1 if fp8 else value, fused=fused)
-    casts = 2 * (matmul_parameters(model) - model.vocab_size * model.d_model) if fp8 else 0
+    matrices = matmul_parameters(model) - model.vocab_size * model.d_model  # of the blocks
+    casts = 2 * matrices if fp8 else 0
+    # Autograd's recomputation casts weights once more instead.
+    narrowed = matrices * value if value < width and not fp8 and (fused or not grad_checkpoint) else 0
     kept = 2 * layer + model.n_layers * model.d_model * value if grad_checkpoint else model.n_layers * layer
     head_tokens = min(HEAD_CHUNK_TOKENS, micro_batch_tokens)
     return {
         "weights": stored * width + casts,
         "gradients": stored * width,
         "optimizer": stored * 4 * (1 if optimizer == "lion" else 2),
-        "activations": micro_batch_tokens * kept,
+        "activations": micro_batch_tokens * kept + narrowed,
         # A chunk's logits (their gradient takes their place), and the head's weight gradient (fp32, then as stored).
         "loss head": head_tokens * model.padded_vocab_size * value
         + model.padded_vocab_size * model.d_model * (4 + width)

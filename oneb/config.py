@@ -149,8 +149,9 @@ class TrainConfig:
     grad_checkpoint: bool | None = option("--grad-checkpoint", "recompute activations in the backward pass "
                                    "(default: only if they would not fit)", type=bool)
     deterministic: bool = option("--deterministic", "bitwise repeatable on one kind of GPU, resumed or not; slower "
-                                 "(FlashAttention 2 instead of cuDNN)", False, type=bool)
-    fused_blocks: bool | None = option("--fused", "run the blocks by the hand-fused kernels (default: on cuda)", type=bool)
+                                 "(attention whose sums have a fixed order)", False, type=bool)
+    fused_blocks: bool | None = option("--fused", "run the blocks by the hand-fused kernels (default: on cuda)",
+                                       type=bool)
     compile: bool | None = option("--compile", "torch.compile the blocks instead (default: on cuda with --no-fused)",
                                   type=bool)
     compile_mode: str = option("--compile-mode", "torch.compile mode", "default",
@@ -252,11 +253,10 @@ def model_differences(saved: ModelConfig, wanted: ModelConfig) -> list[str]:
 def device_defaults(
     config: TrainConfig, device: str, has_bf16: bool = True, has_triton: bool = True
 ) -> TrainConfig:
-    """Fill in what only the device decides: the precision and its parts, ``fused_blocks`` and
-    ``compile``.
+    """Fill in what only the device decides: the precision and its parts, ``fused_blocks`` and ``compile``.
 
     A GPU without bf16 arithmetic (T4, V100) gets fp16 wherever bf16 was asked for or implied. Afterwards ``precision``
-    says what the blocks' products are computed in.
+    says what the blocks' products are computed in. Without Triton neither kernels nor ``torch.compile`` work on a GPU.
     """
     half = "bf16" if has_bf16 else "fp16"
     fp8 = config.precision == "fp8"
@@ -274,7 +274,7 @@ def device_defaults(
     fused = config.fused_blocks
     if fused is None:  # fp8 products exist in the fused blocks only
         fused = fp8 or device == "cuda" and has_triton and not config.compile
-    compiled = config.compile if config.compile is not None else device == "cuda" and not fused
+    compiled = config.compile if config.compile is not None else device == "cuda" and has_triton and not fused
     settled = dataclasses.replace(config, param_dtype=param_dtype, amp_dtype=amp_dtype, amp=amp, fused_blocks=fused,
                                   compile=compiled)
     return dataclasses.replace(settled, precision="fp8" if fp8 else compute_dtype(settled))

@@ -143,5 +143,8 @@ def longest_seq_len(train: TrainConfig) -> int:
 
 
 def mfu(config: Config, tokens_per_s: float, seq_len: int, gpu: Gpu | None) -> float | None:
-    """Model-FLOP utilisation at a sequence length; None on hardware whose peak is not known."""
+    """Model-FLOP utilisation at a sequence length; None on hardware whose peak is not known.
+
+    Of the 16-bit peak, for fp8 runs too: so their figure compares with those of 16-bit ones, and may pass 1.
+    """
     return gpu and tokens_per_s * accounting.flops_per_token(config.model, seq_len) / gpu.flops_16bit

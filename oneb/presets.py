@@ -246,7 +246,12 @@ def _train_faults(config: Config) -> list[str]:
     if train.amp is False and train.amp_dtype is not None:
         faults.append(f"--amp-dtype {train.amp_dtype} asks for mixed precision and --no-amp refuses it; leave one out")
     if train.fused_blocks and train.compile:
-        faults.append("--fused runs the blocks by hand-written kernels, --compile by torch.compile; leave one of them out")
+        faults.append("--fused runs the blocks by hand-written kernels, --compile by torch.compile; "
+                      "leave one of them out")
+    compiles = train.compile or train.compile is None and train.fused_blocks is False
+    if train.compile_mode != "default" and not compiles:
+        faults.append(f"--compile-mode {train.compile_mode} is torch.compile's, which nothing here asks for; "
+                      "add --compile, or leave it out")
     tag = config.run.tag
     if not re.fullmatch(r"\w[\w.-]*", tag):
         faults.append(f"--tag {tag!r} becomes a folder's name; use letters, digits, '.', '_' and '-'")

@@ -31,7 +31,7 @@ MEASURED = {"tok_s", "step_ms", "step_ms_p10", "step_ms_p90", "step_ms_mean", "d
 # ---- whole benches
 
 def run_bench(*words, cwd):
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(cwd)}
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(cwd), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", "oneb", "bench", *words], cwd=cwd, env=environment,
                           capture_output=True, text=True, timeout=120)
 
@@ -244,7 +244,7 @@ NAMES = {
 # The class of each of our own kernels, by its file.
 OURS = {"optimizer_step": "optimizer", "float8": "fp8_casts", "rms_norm": "elementwise", "swiglu": "elementwise",
         "rotary": "elementwise", "softmax_loss": "loss", "narrow_attention": "attention",
-        "narrow_attention_backward": "attention", "narrow_attention_common": "attention", "null_attention": "attention"}
+        "narrow_attention_backward": "attention"}
 
 
 def our_kernels():

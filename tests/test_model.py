@@ -3,13 +3,14 @@
 import pytest
 import reference
 import torch
-from model_cases import CASES, VARIANTS, OPTIONS, model_config, relative_error
+from model_cases import CASES, OPTIONS, VARIANTS, model_config, relative_error
 
 from oneb import accounting
 from oneb.kernels.loss_head import head_loss, head_loss_twin
 from oneb.model.kv_cache import KVCache
 from oneb.model.layers import rotary_table
 from oneb.model.transformer import build_model
+
 
 def randomised_attention(config, seed=0):
     """The first attention module, with every parameter away from its neutral start."""

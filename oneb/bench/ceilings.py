@@ -15,7 +15,6 @@ from torch import Tensor
 
 from oneb.bench.predict import Ceilings, Gemm
 from oneb.kernels.float8 import scaled_product
-from oneb.kernels.products import Product8
 from oneb.train.device import Device
 
 _COPY_BYTES = 2 * 2**30
@@ -62,7 +61,7 @@ def _product16(product: Gemm, device: torch.device, dtype: torch.dtype) -> Calla
 
 
 def _product8(product: Gemm, device: torch.device) -> Callable[[], object]:
-    """The product as :class:`oneb.kernels.products.Product8` calls it: gradients are e5m2, all else e4m3."""
+    """The product as ``Product8`` (oneb.kernels.products) calls it: gradients are e5m2, all else e4m3."""
     a = _random((product.m, product.k), device,
                 torch.float8_e4m3fn if product.phase == "forward" else torch.float8_e5m2)
     b = _random((product.n, product.k), device, torch.float8_e4m3fn)

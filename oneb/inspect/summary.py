@@ -119,7 +119,8 @@ def _setup(run: Run) -> str:
     passes = run.tokens / meta["train_tokens"] if meta["train_tokens"] else 0.0
     lines = [
         f"- Machine: {meta['device']}, torch {meta['torch']}, oneb {meta['oneb']}",
-        f"- Arithmetic: weights {meta['param_dtype']}, compute {meta['compute_dtype']}, "
+        f"- Arithmetic: weights {meta['param_dtype']}, {'fp8 products, ' if meta.get('precision') == 'fp8' else ''}"
+        f"compute {meta['compute_dtype']}, "
         f"attention {meta['attention_backend']}",
         f"- Data: `{meta['data']}` (fingerprint `{meta['data_fingerprint']}`, {meta['encoding']}): "
         f"{format_count(meta['train_tokens'])} tokens to train on ({passes:.2f} passes so far), "

@@ -38,9 +38,8 @@ from oneb.kernels.narrow_attention_common import (
 from oneb.kernels.runtime import jit, tl
 
 # Candidates, the best guess first: each costs a compilation in a cold start.
-DKDV_TILES = (Tiles(64, 128, 4, 2), Tiles(64, 256, 8, 2), Tiles(64, 64, 2, 2), Tiles(32, 128, 4, 2))
-DQ_TILES = (Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 2, 2))
-PACK = True  # whether lse and delta travel as columns of queries and dout, where those are spare
+DKDV_TILES = (Tiles(32, 128, 2, 3), Tiles(64, 64, 2, 3), Tiles(32, 64, 2, 3))
+DQ_TILES = (Tiles(128, 32, 4, 2), Tiles(64, 32, 2, 2))
 _ROWS = 128  # rows that the row-wise kernel takes, and the multiple that its outputs are padded to
 # Minus the lse of rows past the end, where packed: probabilities vanish there, and bf16 holds it.
 _VANISH = constant(-1e30)
@@ -59,7 +58,7 @@ def _pack(x, extra, columns, PADDED: tl.constexpr):
 
 
 @plain_integers
-def _rows_kernel(
+def _narrow_attention_rows_kernel(
     dout_ptr, q_ptr, null_k_ptr, null_v_ptr, out_ptr, lse_ptr,
     lse2_ptr, delta_ptr, dq_ptr, dnull_ptr, packed_q_ptr, packed_dout_ptr,
     g_b, g_h, g_t, q_b, q_h, q_t, n_tokens, n_padded,
@@ -163,7 +162,7 @@ def _dkdv_queries(
 
 
 @plain_integers
-def _dkdv_kernel(
+def _narrow_attention_dkdv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, lse2_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
     g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     n_tokens, n_padded, n_batch_heads, heads_together, tuning_tokens,
@@ -173,8 +172,9 @@ def _dkdv_kernel(
 ):
     """dk and dv of one tile of keys, over all queries that see it; with ``DQ``, its share of dq as well.
 
-    With ``PACKED`` queries and dout come as :func:`_rows_kernel` packs them. Three columns of ones beside keys and
-    values then make the tensor cores subtract lse and delta, which otherwise costs a quarter of the instructions.
+    With ``PACKED`` queries and dout come as :func:`_narrow_attention_rows_kernel` packs them. Three columns of ones
+    beside keys and values then make the tensor cores subtract lse and delta, which otherwise costs a quarter of the
+    instructions.
     """
     tile, batch_head = place(tl.program_id(0), tl.cdiv(n_tokens, KEYS), n_batch_heads, heads_together)
     batch = batch_head // KV_HEADS
@@ -240,7 +240,7 @@ def _dq_keys(
 
 
 @plain_integers
-def _dq_kernel(
+def _narrow_attention_dq_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, null_k_ptr, null_v_ptr, lse2_ptr, delta_ptr, dq_ptr,
     g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     n_tokens, n_padded, n_batch_heads, heads_together, tuning_tokens,
@@ -324,13 +324,15 @@ def narrow_attention_backward(
         "NATIVE": is_native(q),
     }
     launch(
-        _dkdv_kernel, DKDV_TILES, dkdv_tiles, lambda _, keys: batch * kv_heads * -(-n_tokens // keys),
+        _narrow_attention_dkdv_kernel, DKDV_TILES, dkdv_tiles,
+        lambda _, keys: batch * kv_heads * -(-n_tokens // keys),
         {**common, **(packed or {**queries, "Q_ALIGN": align}), **order(k, v, kv_heads), "dk_ptr": dk, "dv_ptr": dv,
          "DQ": not deterministic, "PACKED": packed is not None},
         restored=() if deterministic else ("dq_ptr",))
     if deterministic:
         launch(
-            _dq_kernel, DQ_TILES, dq_tiles, lambda queries, _: batch * heads * -(-n_tokens // queries),
+            _narrow_attention_dq_kernel, DQ_TILES, dq_tiles,
+            lambda queries, _: batch * heads * -(-n_tokens // queries),
             {**common, **queries, **order(k, v, heads), **nulls})
     return dq.to(q.dtype).transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), *dnulls
 
@@ -343,9 +345,9 @@ def _per_row(
     qk_padded, v_padded = shape["QK_PADDED"], shape["V_PADDED"]
     batch = q.shape[0]
     lse2, delta = (torch.empty(batch, heads, n_padded, dtype=torch.float32, device=q.device) for _ in range(2))
-    # The last three columns must be spare, and fp16 has not the range for delta.
+    # lse and delta travel as the last three columns, if spare, of queries and dout; fp16 has not delta's range.
     spare = min(qk_padded - shape["QK_WIDTH"], v_padded - shape["V_WIDTH"])
-    fits = PACK and spare >= 3 and q.dtype == torch.bfloat16
+    fits = spare >= 3 and q.dtype == torch.bfloat16
     packed_q = packed_dout = partials = packed = None
     if fits:
         packed_q, packed_dout = (q.new_empty(batch, heads, n_padded, width) for width in (qk_padded, v_padded))
@@ -355,7 +357,7 @@ def _per_row(
     if nulls["NULL"]:
         partials = torch.empty(n_programs, qk_padded + v_padded, dtype=torch.float32, device=q.device)
     rows = {"lse2_ptr": lse2, "delta_ptr": delta}
-    _rows_kernel[(n_programs,)](
+    _narrow_attention_rows_kernel[(n_programs,)](
         **queries, **nulls, **shape, **rows, out_ptr=out, lse_ptr=lse, dnull_ptr=partials, packed_q_ptr=packed_q,
         packed_dout_ptr=packed_dout, DQ=begin_dq, PACKED=fits, ROWS=_ROWS, num_warps=4)
     if partials is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -21,56 +20,20 @@ _L2_SHARE = 24 * 2**20  # bytes of keys and values in flight that should stay in
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a kernel is cut: queries and keys of a tile, warps of a program, stages of its load pipeline.
-
-    Attributes:
-        polynomial: every how many-th exponential the forward computes as a polynomial: 0 (none), 4 or 8.
-    """
+    """How a kernel is cut: queries and keys of a tile, warps of a program, stages of its load pipeline."""
 
     queries: int
     keys: int
     warps: int
     stages: int
-    polynomial: int = 0
 
     def __post_init__(self) -> None:
         assert 128 % self.queries == 0, "rows are padded to a multiple of 128"
 
 
-def _mixed_exp2(every: int) -> str:
-    """PTX for ``every`` values: 2**x by the special function unit, but for the last by a polynomial elsewhere.
-
-    The idea is FlashAttention 4's (Shah et al. 2025): where the special functions are the bound, multiply-adds are
-    idle. Cody and Waite's reduction: adding 1.5 * 2**23 rounds x to an integer n in the low bits; then
-    2**x = 2**n * 2**(x - n), |x - n| <= 1/2, the last factor by a cubic (minimax, relative error 7.5e-5, a 26th of
-    bf16's rounding), the first by adding n to the exponent's bits. x is held within -126 .. 127.
-    """
-    lines = [f"ex2.approx.ftz.f32 ${i}, ${every + i};" for i in range(every - 1)]
-    cubic = [_float_bits(c) for c in (0.05517167, 0.24261112, 0.69326099, 0.99992807)]
-    magic = _float_bits(1.5 * 2**23)
-    lines += [
-        f"max.ftz.f32 x, ${2 * every - 1}, {_float_bits(-126.0)};",
-        f"min.ftz.f32 x, x, {_float_bits(127.0)};",
-        f"add.rn.ftz.f32 n, x, {magic};",
-        f"sub.rn.ftz.f32 y, n, {magic};",
-        "sub.rn.ftz.f32 x, x, y;",
-        f"fma.rn.ftz.f32 y, x, {cubic[0]}, {cubic[1]};",
-        f"fma.rn.ftz.f32 y, y, x, {cubic[2]};",
-        f"fma.rn.ftz.f32 y, y, x, {cubic[3]};",
-        "mov.b32 i, n;", "shl.b32 i, i, 23;", "mov.b32 j, y;", "add.s32 i, i, j;", f"mov.b32 ${every - 1}, i;",
-    ]
-    return "{ .reg .f32 x, y, n; .reg .b32 i, j; " + " ".join(lines) + " }"
-
-
-def _float_bits(value: float) -> str:
-    return "0f" + struct.pack(">f", value).hex().upper()
-
-
 # Kernels see only those globals that are compile-time constants.
 constant = (lambda value: value) if tl is None else tl.constexpr
 LOG2E = constant(math.log2(math.e))
-_MIXED_4, _MIXED_8 = constant(_mixed_exp2(4)), constant(_mixed_exp2(8))
-_REGISTERS_4, _REGISTERS_8 = (constant(",".join(["=&f"] * n + ["f"] * n)) for n in (4, 8))
 
 
 # ---- in kernels ------------------------------------------------------------------------------------
@@ -83,19 +46,12 @@ plain_integers = partial(jit, do_not_specialize=[
 
 
 @jit
-def exp2(x, NATIVE: tl.constexpr, POLYNOMIAL: tl.constexpr = 0):
-    """2**x. The bare instruction: ``tl.exp2`` guards subnormals, which no probability needs.
-
-    Every ``POLYNOMIAL``-th value is computed as :func:`_mixed_exp2` says, where 2**-126 stands for all below.
-    """
-    if NATIVE and POLYNOMIAL == 4:
-        return tl.inline_asm_elementwise(_MIXED_4, _REGISTERS_4, [x], dtype=tl.float32, is_pure=True, pack=4)
-    elif NATIVE and POLYNOMIAL == 8:  # noqa: RET505  (Triton compiles only the branch taken)
-        return tl.inline_asm_elementwise(_MIXED_8, _REGISTERS_8, [x], dtype=tl.float32, is_pure=True, pack=8)
-    elif NATIVE:
+def exp2(x, NATIVE: tl.constexpr):
+    """2**x. The bare instruction: ``tl.exp2`` guards subnormals, which no probability needs."""
+    if NATIVE:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    else:
+    else:  # noqa: RET505  (Triton compiles only the branch taken)
         return tl.exp2(x)
 
 
@@ -203,12 +159,13 @@ def launch(
 
     Args:
         tiles: how to cut it; None tries all of ``table`` once for a GPU, a bucket of lengths and the widths, and keeps
-            the fastest, on disk too. A single candidate, or a short sequence, takes the first without trying.
+            the fastest, on disk too. The first is taken without trying if it is alone, for short sequences, and where
+            results must repeat: a choice by the clock may differ from process to process.
         restored: pointer arguments that the kernel adds to, which trials must leave as they were.
     """
     least, most = _TUNED_TOKENS
     n_tokens = arguments["n_tokens"]
-    if tiles is None and (len(table) == 1 or n_tokens < least):
+    if tiles is None and (len(table) == 1 or n_tokens < least or torch.are_deterministic_algorithms_enabled()):
         tiles = table[0]
     # A multiply and an add may round once: scores times log2(e) minus their maximum want exactly that.
     arguments = {**arguments, "enable_fp_fusion": True, "tuning_tokens": min(most, 1 << (n_tokens - 1).bit_length())}
@@ -217,17 +174,14 @@ def launch(
         _tuned(kernel, table, restored)[grid](**arguments)
     else:
         kernel[(n_programs(tiles.queries, tiles.keys),)](
-            **arguments, **_sizes(kernel, tiles), num_warps=tiles.warps, num_stages=tiles.stages)
-
-
-def _sizes(kernel: Any, tiles: Tiles) -> dict[str, int]:
-    sizes = {"QUERIES": tiles.queries, "KEYS": tiles.keys, "POLYNOMIAL": tiles.polynomial}
-    return {name: size for name, size in sizes.items() if name in kernel.arg_names}
+            **arguments, QUERIES=tiles.queries, KEYS=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages)
 
 
 @cache
 def _tuned(kernel: Any, table: tuple[Tiles, ...], restored: tuple[str, ...]) -> Any:
-    configs = [triton.Config(_sizes(kernel, t), num_warps=t.warps, num_stages=t.stages) for t in table]
+    configs = [
+        triton.Config({"QUERIES": t.queries, "KEYS": t.keys}, num_warps=t.warps, num_stages=t.stages) for t in table
+    ]
     key = ["tuning_tokens", "QK_PADDED", "V_PADDED", "HEADS", "KV_HEADS"]
     options: dict[str, Any] = {"restore_value": list(restored)} if restored else {}
     if "cache_results" in inspect.signature(triton.autotune).parameters:

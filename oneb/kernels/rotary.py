@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oneb.kernels.float8 import Float8Cast, magnitude_bits
-from oneb.kernels.rms_norm import (
+from oneb.kernels.elementwise_common import (
     CAST_POINTERS,
     cast_arguments,
     cast_plain,
@@ -24,6 +23,7 @@ from oneb.kernels.rms_norm import (
     store,
     stored_like,
 )
+from oneb.kernels.float8 import Float8Cast, magnitude_bits
 from oneb.kernels.runtime import jit, runs_fused, tl, triton
 
 _TILE = 1024  # elements of a program's largest tile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oneb.kernels.rms_norm import warps_for
+from oneb.kernels.elementwise_common import warps_for
 from oneb.kernels.runtime import jit, runs_fused, tl, triton
 
 _LOG2_E = 1.4426950408889634

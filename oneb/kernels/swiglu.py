@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oneb.kernels.float8 import Float8Cast, magnitude_bits
-from oneb.kernels.rms_norm import (
+from oneb.kernels.elementwise_common import (
     CAST_POINTERS,
     CONTIGUOUS,
     cast_arguments,
@@ -21,6 +20,7 @@ from oneb.kernels.rms_norm import (
     stored_like,
     warps_for,
 )
+from oneb.kernels.float8 import Float8Cast, magnitude_bits
 from oneb.kernels.runtime import jit, runs_fused, tl, triton
 
 _TILE = 4096  # elements a program

@@ -70,7 +70,10 @@ class Attention(nn.Module):
         return (self.null_k, self.null_v) if self.config.null_attn else (None, None)
 
     def query_scale(self, device: torch.device) -> Tensor:
-        """What multiplies queries before they are rotated, fp32: 1/sqrt(S) and 1/sqrt(G) by entry (D,), times exp(s) by head (H, D)."""
+        """What multiplies queries before they are rotated, fp32.
+
+        1/sqrt(S) and 1/sqrt(G) by entry, (D,); with a learned temperature s times exp(s) by head, (H, D).
+        """
         c = self.config
         sem = torch.full((c.sem_head_dim,), c.sem_head_dim**-0.5 if c.sem_head_dim else 1.0, device=device)
         geo = torch.full((c.geo_head_dim,), c.geo_head_dim**-0.5, device=device)

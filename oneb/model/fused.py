@@ -3,7 +3,8 @@
 Left to autograd, a block passes over its activations about three times more often than it must; a compiler closes
 part of that gap, and costs half a minute for each sequence length. Here every pass over memory can be read:
 
-    x ── norm ── qkv product ── rotary ── attention ── out product ── + x, norm ── gate/up product ── SwiGLU ── down product ── + x
+    x ── norm ── qkv product ── rotary ── attention
+      ── out product ── + x, norm ── gate/up product ── SwiGLU ── down product ── + x
 
 Attention is autograd's own. What stands before it and behind it are one :class:`torch.autograd.Function` each, the
 same for 16-bit and for fp8 products: a product says in which form it wants its input and its output's gradient
@@ -24,7 +25,7 @@ from oneb.kernels.products import Product
 from oneb.kernels.rms_norm import rms_norm, rms_norm_backward
 from oneb.kernels.rotary import rotary, rotary_backward
 from oneb.kernels.swiglu import swiglu, swiglu_backward
-from oneb.model.layers import Rotary
+from oneb.model.layers import RMSNorm, Rotary
 
 if TYPE_CHECKING:
     from oneb.model.transformer import Block
@@ -53,6 +54,25 @@ def fused_block(block: Block, x: Tensor, table: Rotary, products: BlockProducts)
     x, q, k, v = _BeforeAttention.apply(x, block.attention_norm.weight, qkv, temperature, block, table, products.qkv)
     y = attention.attend(q, k, v)  # (B, T, H * V)
     return _AfterAttention.apply(x, y, block.feed_forward_norm.weight, out, gate_up, down, block, products)
+
+
+def fused_norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    """``norm(x)``, (B, T, d) -> (B, T, d): for the model's last one, which no block contains."""
+    return _Norm.apply(x, norm.weight, norm.eps)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        _, y, rstd = rms_norm(x.flatten(0, 1), weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, rstd = ctx.saved_tensors
+        dx, dweight = rms_norm_backward(dy.flatten(0, 1), x.flatten(0, 1), weight, rstd)
+        return dx.view_as(x), dweight, None
 
 
 class _BeforeAttention(torch.autograd.Function):

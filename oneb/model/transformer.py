@@ -15,7 +15,7 @@ from oneb.kernels.loss_head import head_loss
 from oneb.kernels.products import Product, Product16
 from oneb.model.attention import Attention
 from oneb.model.float8_state import Float8State
-from oneb.model.fused import BlockProducts, block_matrices, fused_block
+from oneb.model.fused import BlockProducts, block_matrices, fused_block, fused_norm
 from oneb.model.kv_cache import KVCache, LayerCache
 from oneb.model.layers import FeedForward, Linear, RMSNorm, Rotary, rotary_table
 
@@ -33,13 +33,14 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.d_model)
         self.feed_forward = FeedForward(config.d_model, config.d_ff)
-        # Set by Transformer.fuse: the four products of the fused path, made anew for each pass.
-        self.products: Callable[[], tuple[Product, ...]] | None = None
+        # Set by Transformer.fuse: the four products of the fused path, made anew for each pass. The block is its
+        # argument, since a reference to it from here would keep a discarded model's memory until the next collection.
+        self.products: Callable[[Block], tuple[Product, ...]] | None = None
 
     def forward(self, x: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> Tensor:
         """One block; ``cache`` is for generation."""
         if self.products and cache is None:
-            return fused_block(self, x, rotary, BlockProducts(*self.products()))
+            return fused_block(self, x, rotary, BlockProducts(*self.products(self)))
         x = x + self.attention(self.attention_norm(x), rotary, cache)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -52,6 +53,7 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.grad_checkpoint = False
+        self.fused = False
         # Its rows are also the output head. The last ones only pad the vocabulary to a multiple of 128.
         self.embedding = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -73,7 +75,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, rotary, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, rotary, cache.layers[index] if cache else None)
-        return self.norm(x)
+        return fused_norm(self.norm, x) if self.fused and cache is None else self.norm(x)
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean next-token cross-entropy, fp32 scalar, of windows (B, T + 1): inputs and, shifted by one, targets."""
@@ -86,11 +88,12 @@ class Transformer(nn.Module):
 
     def fuse(self, float8: Float8State | None = None) -> None:
         """Run the blocks by :mod:`oneb.model.fused` from now on, their products in fp8 if its state is given."""
+        self.fused = True
         for index, block in enumerate(self.blocks):
             if float8:
-                block.products = functools.partial(float8.products, index)
+                block.products = functools.partial(_products8, float8, index)
             else:
-                block.products = functools.partial(_products, block, self.compute_dtype)
+                block.products = functools.partial(_products16, self.compute_dtype)
 
     def compile(self, mode: str = "default") -> None:
         """Compile the blocks in place instead of fusing them by hand; a graph a sequence length serves all blocks."""
@@ -100,8 +103,12 @@ class Transformer(nn.Module):
         self.norm.compile(dynamic=False)
 
 
-def _products(block: Block, dtype: torch.dtype) -> tuple[Product, ...]:
+def _products16(dtype: torch.dtype, block: Block) -> tuple[Product, ...]:
     return tuple(Product16(weight, dtype) for weight in block_matrices(block))
+
+
+def _products8(float8: Float8State, index: int, _: Block) -> tuple[Product, ...]:
+    return float8.products(index)
 
 
 def build_model(

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oneb.config import TrainConfig, compute_dtype
 from oneb.errors import OnebError
 from oneb.train.checkpoint import load_checkpoint, load_weights, set_rng_state
 from oneb.train.rundir import BEST, RunDirectory, read_sidecar
 from oneb.train.setup import Parts
 
-# Options, or sections of them, that change nothing about what is computed from a given step on.
+# Options, or sections of them, that change nothing about what is computed from a given step on. What --amp and
+# --amp-dtype decide, a settled --precision and --param-dtype say.
 _HARMLESS = {
-    "run", "log", "data.path", "train.device", "train.eval_every", "train.eval_iters", "train.fused_blocks", "train.compile",
-    "train.compile_mode", "train.grad_checkpoint", "train.deterministic", "optim.fused", "model.max_seq_len",
+    "run", "log", "data.path", "train.device", "train.eval_every", "train.eval_iters", "train.fused_blocks",
+    "train.compile", "train.compile_mode", "train.grad_checkpoint", "train.deterministic", "optim.fused",
+    "model.max_seq_len", "train.amp", "train.amp_dtype",
 }
 
 
@@ -62,8 +65,9 @@ def _resume(parts: Parts, directory: RunDirectory) -> StartingPoint:
     parts.optimizer.load_state_dict(saved["optimizer"])
     parts.scaler.load_state_dict(saved["scaler"])
     if parts.float8:
-        if saved["float8"]:  # else a run in another precision is continued: the scales are found anew
-            parts.float8.load_state_dict(saved["float8"])
+        # Where a run in another precision is continued there is none: the scales are found anew.
+        if state := saved.get("float8"):
+            parts.float8.load_state_dict(state)
         parts.float8.refresh_weights()
     set_rng_state(saved["rng"])
     parts.notes += _changes(saved["config"], parts.config.to_dict())
@@ -77,6 +81,9 @@ def _resume(parts: Parts, directory: RunDirectory) -> StartingPoint:
 
 def _changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What a resumed run does differently from the one it continues, one sentence each."""
+    if "precision" not in saved["train"]:  # saved before there was the option: all products were in one dtype
+        precision = compute_dtype(TrainConfig(**saved["train"]))
+        saved = {**saved, "train": {**saved["train"], "precision": precision}}
     return [
         f"{section}.{name} is {value}, the run that is continued had {saved[section].get(name)}"
         for section, values in now.items() if section not in _HARMLESS

@@ -178,10 +178,11 @@ def lasting_lines(row: dict[str, Any], progress: Progress) -> list[str]:
 
 def meta_lines(row: dict[str, Any]) -> list[str]:
     """What the run is: model, machine, data."""
+    products = "fp8 products, " if row.get("precision") == "fp8" else ""
     return [
         f"{row['name']}: {row['variant']}, {format_count(row['parameters'])} parameters, "
         f"KV cache {format_gib(row['kv_bytes_per_token'])} a token",
-        f"{row['device']}: weights {row['param_dtype']}, compute {row['compute_dtype']}, "
+        f"{row['device']}: weights {row['param_dtype']}, {products}compute {row['compute_dtype']}, "
         f"attention {row['attention_backend']}, torch {row['torch']}",
         f"{row['data']}: {format_count(row['train_tokens'])} tokens to train on, "
         f"{format_count(row['val_tokens'])} to validate on",

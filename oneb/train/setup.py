@@ -78,7 +78,8 @@ def build(config: Config, say: Callable[[str], None]) -> Parts:
     dtype = DTYPES[compute_dtype(train)]
     head_dim = max(config.model.qk_head_dim, config.model.v_head_dim)
     backend = choose_backend(device.torch, dtype, head_dim, train.deterministic)
-    if backend == "flash" and head_dim <= 128 and not train.deterministic and torch.cuda.get_device_capability(device.torch)[0] >= 9:
+    if (backend == "flash" and head_dim <= 128 and not train.deterministic
+            and torch.cuda.get_device_capability(device.torch)[0] >= 9):
         notes.append("cuDNN's attention does not run here (is another cuDNN on the library path?): FlashAttention 2 "
                      "instead, which is about 1.6x slower on this card")
     # Set either way: a process may train more than once. Filling fresh memory guards against bugs, and costs a pass.

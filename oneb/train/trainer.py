@@ -182,8 +182,10 @@ class Trainer:
         """The first step at a sequence length, which may compile: said beforehand, timed apart from the others."""
         began = time.perf_counter()
         first_of_run = self.compiled is None
-        if self.parts.device.is_cuda:
+        if self.config.train.compile:
             self.recorder.status(f"compiling for {seq_len} tokens a sequence, once; up to a minute")
+        elif self.parts.device.is_cuda and first_of_run:
+            self.recorder.status("first step: kernels are compiled, and kept on disk for the next run")
         yield
         self.parts.device.synchronize()
         seconds = time.perf_counter() - began
@@ -196,6 +198,15 @@ class Trainer:
 
     # ---- what happens beside the steps
 
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Work whose time is not the steps', nor is what it compiles."""
+        before = compilations()
+        with self.clock.pause():
+            yield
+        if self.compiled is not None:
+            self.compiled += compilations() - before
+
     def log_step(self, loss: Tensor, norm: Tensor, lr: float, seq_len: int) -> None:
         """One train row. Reading the loss is the only time that the host waits for the device."""
         values = torch.stack([loss, norm, self.parts.scaler.skipped_steps.float()]).tolist()
@@ -205,7 +216,8 @@ class Trainer:
             "memory_gib": self.parts.device.peak_gib(), "skipped": int(values[2]), "elapsed_s": process_age_s(),
         })
         if (compiled := compilations()) > self.compiled:
-            self.event("recompile", f"{compiled - self.compiled} graphs or kernels were compiled since the last log row")
+            self.event("recompile", f"{compiled - self.compiled} graphs or kernels were compiled since the last log "
+                       "row")
             self.compiled = compiled
         if (skipped := int(values[2])) > self.skipped:
             self.recorder.warn(self.step, f"{skipped - self.skipped} updates skipped since the last log row: their "
@@ -223,12 +235,11 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Validation loss now; the best so far is kept as ``best.pt``."""
-        with self.clock.pause():
+        with self._aside():
             began = time.perf_counter()
             seq_len = seq_len_at(self.config.train.phases, max(0, self.step - 1))
             self.recorder.status("evaluating")
             loss, n_tokens = self.parts.validation.loss(self.parts.model, seq_len)
-            self.compiled = compilations()
             self.evaluated_at = self.step
             best = loss < self.best_val_loss
             self.best_val_loss = min(loss, self.best_val_loss) if math.isfinite(loss) else self.best_val_loss
@@ -250,7 +261,7 @@ class Trainer:
 
     def analyse(self) -> None:
         """An analysis row, from the gradients of the step under way."""
-        with self.clock.pause():
+        with self._aside():
             level = self.config.log.instrument
             probe = None
             if level == "full":
@@ -277,14 +288,15 @@ class Trainer:
             self.recorder.refresh_report(self.step)
 
     def _save(self, path: Path, *, with_optimizer: bool) -> None:
-        parts = self.parts
+        parts, float8 = self.parts, self.parts.float8
         self.recorder.status(f"saving {path.name}")
         checkpoint.save_checkpoint(path, {
             "config": self.config.to_dict(),
             "model": parts.model.state_dict(),
             "optimizer": parts.optimizer.state_dict() if with_optimizer else None,
             "scaler": parts.scaler.state_dict(),
-            "float8": parts.float8.state_dict() if parts.float8 else None,
+            # Scales that nobody has found yet would be taken for found ones.
+            "float8": float8.state_dict() if float8 and float8.calibrated else None,
             "rng": checkpoint.rng_state(),
             "step": self.step,
             "tokens": self.tokens,
