@@ -7,12 +7,12 @@ import torch
 
 from oneb.errors import OnebError
 from oneb.kernels.products import Product8, Product16
-from oneb.model.float8_state import DY_FORMAT, HISTORY_DECAY, MAPS, MARGIN_BITS, X_FORMAT, Float8State
+from oneb.model.float8_state import FORMAT, HISTORY_DECAY, MAPS, MARGIN_BITS, Float8State
 from oneb.train.device import Device, check_precision, open_device
 
 WIDTHS = {"qkv": (96, 64), "out": (64, 32), "gate_up": (160, 64), "down": (64, 80)}  # (O, I)
 N_LAYERS = 2
-LARGEST = torch.tensor([448.0] * 4 + [57344.0] * 4, dtype=torch.float64)
+LARGEST = torch.tensor([448.0] * 8, dtype=torch.float64)
 
 
 def weights(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> list[list[torch.Tensor]]:
@@ -77,8 +77,8 @@ def test_products_in_8_bit_are_as_close_as_their_formats_allow(name, stored, n):
     index = MAPS.index(name)
     x, dy = batch(name, n, seed=n)
     product = state.products(1)[index]
-    assert product.x_cast.dtype == X_FORMAT
-    assert product.dy_cast.dtype == DY_FORMAT
+    assert product.x_cast.dtype == FORMAT
+    assert product.dy_cast.dtype == FORMAT
     x8 = product.prepare_x(x)
     dy8, dy8_t = product.prepare_dy(dy)
     results = product.forward(x8), *product.backward((dy8, dy8_t), x8)
@@ -100,7 +100,7 @@ def test_tokens_that_do_not_fit_are_refused_with_the_fix():
     with pytest.raises(OnebError, match="24; choose --batch-size and --train-seq-len"):
         product.backward(product.prepare_dy(dy), x8)
     with pytest.raises(OnebError, match="24"):
-        product.backward(torch.zeros(dy.shape, dtype=DY_FORMAT), x8)
+        product.backward(torch.zeros(dy.shape, dtype=FORMAT), x8)
 
 
 def test_calibration_sets_the_scales_and_computes_in_16_bit():
@@ -157,7 +157,7 @@ def test_history_forgets():
     state.amax.fill_(1000.0)
     state.update()
     before = state.scale.clone()
-    for _ in range(70):  # 0.99 ** 70 = 0.49
+    for _ in range(7):  # 0.9 ** 7 = 0.48
         state.amax.fill_(1.0)
         state.update()
     assert torch.equal(state.scale, 2 * before)

@@ -1,9 +1,8 @@
 """8-bit floating point for matrix products: casts, transposes and the scaled product itself.
 
 A tensor is stored as ``x * scale`` rounded to fp8, and its product is multiplied by ``1 / scale`` again. Scales are
-powers of two, so that scaling never rounds. ``torch.float8_e4m3fn`` (3 mantissa bits, to 448) serves weights and
-activations, ``torch.float8_e5m2`` (2 bits, to 57344) gradients: Micikevicius et al. 2022, FP8 Formats for Deep
-Learning (arXiv 2209.05433).
+powers of two, so that scaling never rounds. The formats are ``torch.float8_e4m3fn`` (3 mantissa bits, to 448)
+and ``torch.float8_e5m2`` (2 bits, to 57344): Micikevicius et al. 2022, FP8 Formats for Deep Learning (arXiv 2209.05433).
 
 Values beyond the format's range are clamped to it, infinities too. NaN stays NaN, and both NaN and infinities reach
 ``amax``: kernel and twin compare magnitudes as NaN > inf > finite, which is the order of their bits as integers.
@@ -35,7 +34,7 @@ class Float8Cast:
     """How one tensor becomes fp8: ``(x * scale)`` clamped to the largest finite value of ``dtype``.
 
     Attributes:
-        dtype: torch.float8_e4m3fn (weights, activations) or torch.float8_e5m2 (gradients).
+        dtype: torch.float8_e4m3fn or torch.float8_e5m2.
         scale: 0-dim fp32 device tensor.
         amax: 0-dim fp32 device tensor that the cast raises to max(amax, max |x|), for the scale of later steps.
     """

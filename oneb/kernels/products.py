@@ -121,7 +121,7 @@ class Product8:
         weight_inverse_scale: 0-dim fp32; weight8 times this is the weight.
         x_cast: e4m3.
         x_inverse_scale: 0-dim fp32, 1 / x_cast.scale.
-        dy_cast: e5m2.
+        dy_cast: e4m3.
         dy_inverse_scale: 0-dim fp32, 1 / dy_cast.scale.
         dtype: of y and dx.
         weight_dtype: of dweight.
@@ -139,11 +139,11 @@ class Product8:
         self._dtype, self._weight_dtype = dtype, weight_dtype
 
     def prepare_x(self, x: Tensor) -> Tensor:
-        """x in e4m3."""
+        """x in fp8."""
         return cast8(x, self.x_cast)
 
     def prepare_dy(self, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """dy in e5m2, and its transpose: one pass makes both."""
+        """dy in fp8, and its transpose: one pass makes both."""
         check_tokens(dy.shape[0])
         return cast8_transposed(dy, self.dy_cast)
 

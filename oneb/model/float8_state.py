@@ -25,7 +25,9 @@ from oneb.kernels.products import Product, Product8, RecordingProduct16
 # The linear maps of a block, in the order of their columns; their output gradients follow in the same order.
 MAPS = ("qkv", "out", "gate_up", "down")
 _TENSORS = 2 * len(MAPS)
-X_FORMAT = DY_FORMAT = torch.float8_e4m3fn
+# e4m3 for gradients too, as DeepSeek-V3 (arXiv 2412.19437) has it: e5m2's larger range is not needed where every tensor
+# is scaled, and its coarser grid doubles the noise.
+FORMAT = torch.float8_e4m3fn
 
 # cuBLASLt reads a product's scales at addresses in multiples of 16 bytes only: as many fp32 from one to the next.
 _SCALE_STRIDE = 4
@@ -40,8 +42,8 @@ MARGIN_BITS = 1
 class Float8State(nn.Module):
     """Scales and fp8 weights of all blocks; builds the products that use them.
 
-    Buffers, each (n_layers, 8) fp32: columns 0-3 are the inputs of qkv, out, gate_up and down (e4m3), 4-7 the gradients
-    of their outputs (e5m2).
+    Buffers, each (n_layers, 8) fp32: columns 0-3 are the inputs of qkv, out, gate_up and down, 4-7 the gradients of
+    their outputs.
 
     * ``scale``: what casts multiply by, powers of two; 1 until calibrated.
     * ``amax``: the largest magnitude since the last :meth:`update`; NaN or inf once one was met.
@@ -75,12 +77,11 @@ class Float8State(nn.Module):
         self.register_buffer("history", torch.zeros(shape, device=device))
         self._inverse_scale = torch.ones((*shape, _SCALE_STRIDE), device=device)[..., 0]
         self._scratch_amax = torch.zeros(shape, device=device)
-        formats = [X_FORMAT] * len(MAPS) + [DY_FORMAT] * len(MAPS)
-        self._largest = torch.tensor([torch.finfo(f).max for f in formats], device=device)
+        self._largest = torch.tensor(torch.finfo(FORMAT).max, device=device)
         self._weight_scale = torch.ones(len(self._weights), device=device)
         self._weight_inverse = torch.ones((len(self._weights), _SCALE_STRIDE), device=device)[:, 0]
         self._weights8 = [
-            tuple(torch.empty(shape, dtype=X_FORMAT, device=device) for shape in (w.shape, w.shape[::-1]))
+            tuple(torch.empty(shape, dtype=FORMAT, device=device) for shape in (w.shape, w.shape[::-1]))
             for w in self._weights
         ]
         self._training_products = [self._products8(layer, self.amax) for layer in range(n_layers)]
@@ -144,24 +145,24 @@ class Float8State(nn.Module):
         """The fp8 copies of the weights as they are now, each with the scale of its own largest magnitude."""
         amax = torch.stack(torch._foreach_norm(self._weights, torch.inf, dtype=torch.float32))
         usable = torch.isfinite(amax) & (amax > 0)
-        scale = torch.where(usable, power_of_two_scale(amax, self._largest[0]), 1.0)
+        scale = torch.where(usable, power_of_two_scale(amax, self._largest), 1.0)
         self._weight_scale.copy_(scale)
         torch.reciprocal(scale, out=self._weight_inverse)
         scratch = self._scratch_amax[0, 0]
         for weight, scale, out in zip(self._weights, self._weight_scale.unbind(), self._weights8, strict=True):
-            cast8_transposed(weight, Float8Cast(X_FORMAT, scale, scratch), out=out)
+            cast8_transposed(weight, Float8Cast(FORMAT, scale, scratch), out=out)
 
     def _products8(self, layer: int, amax: Tensor) -> tuple[Product8, ...]:
-        def cast(dtype: torch.dtype, column: int) -> Float8Cast:
-            return Float8Cast(dtype, self.scale[layer, column], amax[layer, column])
+        def cast(column: int) -> Float8Cast:
+            return Float8Cast(FORMAT, self.scale[layer, column], amax[layer, column])
 
         products = []
         for x_column in range(len(MAPS)):
             dy_column, index = len(MAPS) + x_column, layer * len(MAPS) + x_column
             products.append(Product8(
                 *self._weights8[index], self._weight_inverse[index],
-                x_cast=cast(X_FORMAT, x_column), x_inverse_scale=self._inverse_scale[layer, x_column],
-                dy_cast=cast(DY_FORMAT, dy_column), dy_inverse_scale=self._inverse_scale[layer, dy_column],
+                x_cast=cast(x_column), x_inverse_scale=self._inverse_scale[layer, x_column],
+                dy_cast=cast(dy_column), dy_inverse_scale=self._inverse_scale[layer, dy_column],
                 dtype=self._dtype, weight_dtype=self._weights[index].dtype,
             ))
         return tuple(products)
