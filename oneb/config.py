@@ -22,6 +22,8 @@ GPT2_VOCAB_SIZE = 50257
 PRECISIONS = ("bf16", "fp8", "fp16", "fp32")
 # cuBLASLt's fp8 products take widths, and the backward pass tokens, in multiples of this.
 FP8_MULTIPLE = 16
+# The widest heads of our own attention kernel (oneb.kernels.narrow_attention); wider ones are cuDNN's and others'.
+NARROW_HEAD_DIM = 32
 DATA_FORMATS = ("npy", "bin", "raw", "pt", "txt", "auto")
 
 

@@ -383,3 +383,12 @@ def test_every_option_has_a_flag_of_its_own_and_a_line_of_help():
     flags = [field.metadata["flag"] for field in options]
     assert len(set(flags)) == len(flags)
     assert all(field.metadata["help"] for field in options)
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ("--variant baseline", None), ("--variant baseline --null-attn", False), ("--variant decoupled --null-attn", None),
+    ("--variant baseline --null-attn --fused", True), ("--variant gqa --null-attn --precision fp8", None),
+    ("--variant gqa --null-attn --compile", False),
+])
+def test_a_null_token_beside_wide_heads_is_left_to_the_compiler(words, expected):
+    assert parse(*words.split()).train.fused_blocks is expected

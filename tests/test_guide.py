@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from oneb.cli import launch, prepare, report, sample
+from oneb.cli import bench, launch, prepare, report, sample
 from oneb.config import VARIANTS
 from oneb.presets import resolve
 
@@ -69,6 +69,8 @@ def test_the_command_works(command, capsys):
         assert sample.build_parser().parse_args(words[3:]).ckpt
     elif program == "-m oneb report":
         assert report.build_parser().parse_args(words[3:]).run_dir
+    elif program == "-m oneb bench":
+        assert bench.build_parser().parse_args(words[3:]).out
     else:
         pytest.fail(f"nothing here knows how to check {program!r}")
 

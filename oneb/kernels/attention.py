@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from oneb.kernels.narrow_attention import MAX_HEAD_DIM, narrow_attention
+from oneb.config import NARROW_HEAD_DIM
+from oneb.kernels.narrow_attention import narrow_attention
 from oneb.kernels.null_attention import null_attention
 from oneb.kernels.runtime import triton_available
 
@@ -50,7 +51,7 @@ def choose_backend(
     major, _ = torch.cuda.get_device_capability(device)
     if dtype == torch.float32 or major < 8 or head_dim > 256:
         return "efficient"
-    if head_dim <= MAX_HEAD_DIM and triton_available():
+    if head_dim <= NARROW_HEAD_DIM and triton_available():
         return "narrow"
     cudnn = major >= 9 and head_dim <= 128 and not deterministic and cudnn_attention_runs(device, dtype)
     return "cudnn" if cudnn else "flash"

@@ -2,7 +2,8 @@
 
 A tensor is stored as ``x * scale`` rounded to fp8, and its product is multiplied by ``1 / scale`` again. Scales are
 powers of two, so that scaling never rounds. The formats are ``torch.float8_e4m3fn`` (3 mantissa bits, to 448)
-and ``torch.float8_e5m2`` (2 bits, to 57344): Micikevicius et al. 2022, FP8 Formats for Deep Learning (arXiv 2209.05433).
+and ``torch.float8_e5m2`` (2 bits, to 57344): Micikevicius et al. 2022, FP8 Formats for Deep Learning (arXiv
+2209.05433).
 
 Values beyond the format's range are clamped to it, infinities too. NaN stays NaN, and both NaN and infinities reach
 ``amax``: kernel and twin compare magnitudes as NaN > inf > finite, which is the order of their bits as integers.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from oneb.config import NARROW_HEAD_DIM
 from oneb.kernels.narrow_attention_backward import narrow_attention_backward
 from oneb.kernels.narrow_attention_common import (
     LOG2E,
@@ -41,11 +42,10 @@ from oneb.kernels.narrow_attention_common import (
 from oneb.kernels.runtime import jit, runs_fused, tl
 
 __all__ = [
-    "MAX_HEAD_DIM", "Tiles", "narrow_attention", "narrow_attention_backward", "narrow_attention_forward",
+    "Tiles", "narrow_attention", "narrow_attention_backward", "narrow_attention_forward",
     "narrow_attention_plain",
 ]
 
-MAX_HEAD_DIM = 32
 # Candidates, the best guess first: each costs a compilation in a cold start.
 FORWARD_TILES = (Tiles(64, 64, 2, 3), Tiles(64, 32, 2, 3), Tiles(128, 32, 4, 2))
 # Row sums between which exponentials taken without a maximum are exact enough: single terms below 2**-126 vanish,
@@ -203,7 +203,7 @@ def narrow_attention_forward(
     """
     batch, heads, n_tokens, qk_width = q.shape
     v_width = v.shape[-1]
-    assert max(qk_width, v_width) <= MAX_HEAD_DIM, f"heads {qk_width} and {v_width} wide"
+    assert max(qk_width, v_width) <= NARROW_HEAD_DIM, f"heads {qk_width} and {v_width} wide"
     assert heads % k.shape[1] == 0, f"{heads} query heads on {k.shape[1]} key heads"
     assert q.dtype in (torch.bfloat16, torch.float16), f"the kernel works on 16-bit inputs, not {q.dtype}"
     assert q.dtype == k.dtype == v.dtype, f"mixed dtypes: {q.dtype}, {k.dtype}, {v.dtype}"

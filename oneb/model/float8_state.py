@@ -32,8 +32,8 @@ FORMAT = torch.float8_e4m3fn
 # cuBLASLt reads a product's scales at addresses in multiples of 16 bytes only: as many fp32 from one to the next.
 _SCALE_STRIDE = 4
 
-# A spike's memory halves in 7 steps. Forgetting too soon clips the rare large batch, by a factor or two; remembering too
-# long is worse: a spike of the first steps, a hundredfold, would take the smallest magnitudes from hundreds of steps.
+# A spike's memory halves in 7 steps. Forgetting too soon clips the rare large batch, by a factor or two; remembering
+# too long is worse: a spike of the first steps, a hundredfold, takes the smallest magnitudes from hundreds of them.
 HISTORY_DECAY = 0.9
 # A tensor may double within a step before it is clipped.
 MARGIN_BITS = 1

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Train the same run in bf16 and in fp8, and compare their losses.
+
+    python3 bench/fp8_loss.py --data books.npy --out bench/results/fp8_loss.json -- --size 1b --steps 160 --lr 1e-4
+    python3 bench/fp8_loss.py --show bench/results/fp8_loss.json --plot fp8_loss.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from runs import launch, save  # also puts the repository on the path
+
+from oneb.files import read_json_lines
+
+PRECISIONS = ("bf16", "fp8")
+
+
+def main() -> int:
+    """Run, print and draw; 1 if a run failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--run-root", type=Path, default=Path("/tmp/oneb_bench"))
+    parser.add_argument("--show", type=Path, help="run nothing: print and draw these results")
+    parser.add_argument("--plot", type=Path, help="a PNG of the curves")
+    parser.add_argument("extra", nargs="*", help="options for the launcher, after --")
+    args = parser.parse_args()
+    if args.show:
+        rows = json.loads(args.show.read_text())["rows"]
+    elif args.data and args.out:
+        rows = [run(args, precision) for precision in PRECISIONS]
+        save(args.out, rows)
+    else:
+        parser.error("give --data and --out, or --show")
+    for row in rows:
+        print(f"{row['name']:32s}", "failed" if row["val_loss"] is None else
+              "  ".join(f"step {step}: {loss:.4f}" for step, loss in row["val_loss"].items()))
+    if args.plot:
+        plot(rows, args.plot)
+    return int(any(row["val_loss"] is None for row in rows))
+
+
+def run(args: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """One run's losses by step."""
+    tag = f"fp8_loss_{precision}"
+    words = ["--data", args.data, "--precision", precision, "--tag", tag, "--run-root", str(args.run_root),
+             "--if-exists", "error", "--log-every", "1", "--no-save-optim", *args.extra]
+    code, _ = launch([*words, "--run"], args.run_root / f"{tag}.log")
+    if code:
+        return {"name": precision, "options": words, "val_loss": None, "train_loss": []}
+    (directory,) = args.run_root.glob(f"{tag}_*_seed*")
+    rows = read_json_lines(directory / "train.jsonl")
+    return {
+        "name": precision, "options": words,
+        "val_loss": {row["step"]: row["val_loss"] for row in rows if row["type"] == "eval"},
+        "train_loss": [[row["step"], row["loss"]] for row in rows if row["type"] == "train"],
+    }
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Training curves with the validation losses on them; runs of one size (the name's first word) share a panel."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["train_loss"]]
+    groups = list(dict.fromkeys(row["name"].split()[0] if " " in row["name"] else "" for row in rows))
+    figure, panels = plt.subplots(1, len(groups), figsize=(6 * len(groups), 4.2), squeeze=False, layout="constrained")
+    for group, panel in zip(groups, panels[0], strict=True):
+        for row in rows:
+            if group and row["name"].split()[0] != group:
+                continue
+            steps, losses = zip(*row["train_loss"], strict=True)
+            (line,) = panel.plot(steps, losses, linewidth=0.9, alpha=0.8, label=row["name"])
+            points = {int(step): loss for step, loss in row["val_loss"].items()}
+            panel.plot(points.keys(), points.values(), "o", markersize=5, color=line.get_color())
+        panel.set(xlabel="optimizer step", ylabel="loss (nats a token); dots: validation", ylim=(None, 7.5))
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
