@@ -6,11 +6,6 @@ are compiled for the GPUs that have fp8.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -199,12 +194,9 @@ def make_interpreter_round() -> None:
 
 @needs_triton
 def test_kernels_equal_twins_in_the_interpreter():
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.test_float8"], env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "interpreted" in finished.stdout
+    from second_process import python
+
+    assert "interpreted" in python("-m", "tests.test_float8", TRITON_INTERPRET="1")
 
 
 @needs_triton

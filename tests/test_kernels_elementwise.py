@@ -7,9 +7,6 @@ Triton is imported) and, marked ``gpu``, on CUDA.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -324,12 +321,9 @@ def test_twins_equal_fp64(seed):
 
 @needs_triton
 def test_kernels_equal_fp64_in_the_interpreter():
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.test_kernels_elementwise"], env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "interpreted" in finished.stdout
+    from second_process import python
+
+    assert "interpreted" in python("-m", "tests.test_kernels_elementwise", TRITON_INTERPRET="1")
 
 
 @needs_triton

@@ -7,11 +7,6 @@ that matter, since the interpreter accepts more than the compiler does.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -150,18 +145,10 @@ def compare_regimes(device, small):
         assert (lse - want_lse).abs().max() < LSE_TOLERANCE[torch.bfloat16], shift
 
 
-def python(*arguments: str, **environment: str) -> str:
-    """What a second Python, started in the repository's root, prints."""
-    finished = subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, **environment},
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
-
 @needs_triton
 def test_kernels_match_fp64_in_the_interpreter():
+    from second_process import python
+
     assert "interpreted" in python("-m", "tests.test_narrow_attention", TRITON_INTERPRET="1")
 
 
@@ -181,6 +168,8 @@ def test_twin_matches_fp64(null, seed):
 
 
 def test_without_triton_the_twin_remains():
+    from second_process import python
+
     code = (
         "import sys; sys.modules['triton'] = None\n"  # makes `import triton` fail
         "import torch; from oneb.kernels.narrow_attention import narrow_attention\n"

@@ -7,11 +7,7 @@ kernels for the GPUs that matter, since the interpreter accepts more than the co
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -83,22 +79,16 @@ def compare_all(device: str) -> None:
                 compare(kind, dtype, n, device)
 
 
-def python(*arguments: str, **environment: str) -> str:
-    """What a second Python, started in the repository's root, prints."""
-    finished = subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, **environment},
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
-
 @needs_triton
 def test_kernels_equal_twins_in_the_interpreter():
+    from second_process import python
+
     assert "interpreted" in python("-m", "tests.test_optim_fused", TRITON_INTERPRET="1")
 
 
 def test_without_triton_the_twins_remain():
+    from second_process import python
+
     code = (
         "import sys; sys.modules['triton'] = None\n"  # makes `import triton` fail
         "import torch; from oneb.kernels import optimizer_step as s, runtime\n"

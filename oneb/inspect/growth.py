@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneb.errors import OnebError
 from oneb.files import atomic_writer
-from oneb.inspect.plots import tick_text
+from oneb.inspect.plots import dress, tick_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ ROOFLINE_PLOT = "roofline.png"
 Row = dict[str, Any]
 
 _DPI = 160
-_INK, _MUTED, _GRID = "#1f2328", "#6b7280", "#e5e7eb"
+_INK, _MUTED = "#1f2328", "#6b7280"
 # Okabe & Ito's palette (jfly.uni-koeln.de/color): told apart by the colour-blind, too. A colour means a variant.
 _VARIANT_COLORS = {"baseline": "#0072b2", "decoupled": "#d55e00", "gqa": "#009e73", "gqa_kv2": "#cc79a7",
                    "bottleneck": "#8a6d00"}
@@ -206,14 +206,7 @@ def _axes(
     figure.subplots_adjust(left=left, right=0.97, bottom=bottom / height, top=1 - 0.85 / height)
     figure.text(0.03, 1 - 0.34 / height, title, fontsize=13, fontweight="bold", color=_INK)
     figure.text(0.03, 1 - 0.6 / height, note, fontsize=9, color=_MUTED)
-    ax.grid(color=_GRID, linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.tick_params(colors=_MUTED, labelsize=9, length=3)
-    for side, spine in ax.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_MUTED)
-    ax.xaxis.label.set_color(_INK)
-    ax.yaxis.label.set_color(_INK)
+    dress(ax)
     return figure, ax
 
 

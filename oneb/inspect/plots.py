@@ -158,15 +158,20 @@ def _figure(run: Run, note: str, *, height: float, top: float, panels: int) -> t
     figure.text(0.085, 1 - 0.34 / height, run.name, fontsize=13, fontweight="bold", color=_INK)
     figure.text(0.085, 1 - 0.58 / height, " · ".join(filter(None, [_subtitle(run), note])), fontsize=9, color=_MUTED)
     for ax in axes:
-        ax.grid(color=_GRID, linewidth=0.7)
-        ax.set_axisbelow(True)
-        ax.tick_params(colors=_MUTED, labelsize=9, length=3)
-        for side, spine in ax.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(_MUTED)
-        ax.xaxis.label.set_color(_INK)
-        ax.yaxis.label.set_color(_INK)
+        dress(ax)
     return figure, axes
+
+
+def dress(ax: Axes) -> None:
+    """The look that all our plots share: a faint grid, two spines, quiet ticks."""
+    ax.grid(color=_GRID, linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=_MUTED, labelsize=9, length=3)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_MUTED)
+    ax.xaxis.label.set_color(_INK)
+    ax.yaxis.label.set_color(_INK)
 
 
 def _subtitle(run: Run) -> str:
