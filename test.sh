@@ -5,4 +5,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/setup_env.sh
 setup_env requirements_runtime.txt requirements_test.txt
+setup_env requirements_triton.txt
 exec "$PYTHON" -m pytest "$@"

@@ -12,7 +12,9 @@ from pip._vendor.packaging.requirements import Requirement
 
 
 def is_met(requirement: Requirement) -> bool:
-    """Whether an installed distribution satisfies the requirement."""
+    """Whether an installed distribution satisfies the requirement, or it is none on this machine."""
+    if requirement.marker and not requirement.marker.evaluate():
+        return True
     try:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:

@@ -25,8 +25,15 @@ from oneb.kernels.attention import SDP_BACKENDS, choose_backend
 def test_a_cuda_card_gets_its_fastest_kernel(monkeypatch, capability, dtype, head_dim, deterministic, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(attention, "cudnn_attention_runs", lambda device, dtype: True)
+    monkeypatch.setattr(attention, "triton_available", lambda: True)
     assert choose_backend(torch.device("cuda"), dtype, head_dim, deterministic) == expected
     assert expected in SDP_BACKENDS
+
+
+def test_without_triton_narrow_heads_take_the_kernel_of_wide_ones(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(attention, "triton_available", lambda: False)
+    assert choose_backend(torch.device("cuda"), torch.bfloat16, 12) == "flash"
 
 
 def test_a_broken_cudnn_leaves_flash_attention(monkeypatch):
