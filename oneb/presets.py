@@ -45,8 +45,6 @@ _VARIANT_ONLY = {
     "attn_dim": ("bottleneck", "decoupled"),
 }
 _SHAPE_FIELDS = ("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len")
-# Options that are not a field of their own but decide one.
-EXTRA_OPTIONS = ("size", "train_seq_len", "target_tokens")
 
 
 def resolve(given: Mapping[str, Any]) -> Config:
