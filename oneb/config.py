@@ -8,11 +8,13 @@ where other options decide it, by the trainer where the device does.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from oneb.errors import OnebError
 from oneb.schedules import LR_SCHEDULES, Phases
+from oneb.units import parse_count
 
 VARIANTS = ("decoupled", "baseline", "gqa", "gqa_kv2", "bottleneck")
 # Tokenizers that a vocabulary implies when the data has no sidecar to say.
@@ -24,14 +26,37 @@ PRECISIONS = ("bf16", "fp8", "fp16", "fp32")
 FP8_MULTIPLE = 16
 # The widest heads of our own attention kernel (oneb.kernels.narrow_attention); wider ones are cuDNN's and others'.
 NARROW_HEAD_DIM = 32
+OPTIMIZERS = ("lion", "adamw", "lion8bit", "adamw8bit")
 DATA_FORMATS = ("npy", "bin", "raw", "pt", "txt", "auto")
 
 
 def option(
-    flag: str, help: str, default: Any = None, *, type: type = str, choices: tuple[str, ...] | None = None
+    flag: str, help: str, default: Any = None, *, type: Callable[[str], Any] = str,
+    choices: tuple[str, ...] | None = None, bare: str | None = None, negated: str | None = None,
 ) -> Any:
-    """A dataclass field that is also a command-line option ``flag``; ``type`` is what argparse makes of its text."""
-    return field(default=default, metadata={"flag": flag, "help": help, "type": type, "choices": choices})
+    """A dataclass field that is also a command-line option ``flag``.
+
+    Args:
+        type: what argparse makes of its text.
+        bare: what the flag means without a value.
+        negated: what ``--no-…`` means, where the option is no switch.
+    """
+    return field(default=default, metadata={"flag": flag, "help": help, "type": type, "choices": choices,
+                                            "bare": bare, "negated": negated})
+
+
+def whole_or_auto(text: str) -> int | None:
+    """A whole number, or ``auto`` for None.
+
+    Raises:
+        OnebError: it is neither.
+    """
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise OnebError(f"{text!r} is neither a whole number nor auto") from None
 
 
 @dataclass(frozen=True)
@@ -93,7 +118,8 @@ class ModelConfig:
 class OptimConfig:
     """The optimizer and the learning rate over the run."""
 
-    optimizer: str = option("--optimizer", "optimizer", "lion", choices=("lion", "adamw"))
+    optimizer: str = option("--optimizer", "optimizer; 8bit: its state in 8 bits; auto: lion, or lion8bit where lion's "
+                            "state would not fit", "auto", choices=("auto", *OPTIMIZERS))
     lr: float = option("--lr", "peak learning rate", 2e-4, type=float)
     weight_decay: float | None = option(
         "--weight-decay", "decoupled weight decay (default lion 0.5, adamw 0.1)", type=float
@@ -109,7 +135,12 @@ class OptimConfig:
     @property
     def betas(self) -> tuple[float, float]:
         """Lion: Chen et al. 2023 (arXiv 2302.06675), section 4.1 for language models; AdamW: as GPT-3."""
-        return (0.95, 0.98) if self.optimizer == "lion" else (0.9, 0.95)
+        return (0.9, 0.95) if self.is_adamw else (0.95, 0.98)
+
+    @property
+    def is_adamw(self) -> bool:
+        """Whether it is of AdamW's family, and not of Lion's."""
+        return self.optimizer.startswith("adamw")
 
     @property
     def eps(self) -> float:
@@ -132,8 +163,12 @@ class TrainConfig:
     """The steps: how many, how large, in what arithmetic, on what device."""
 
     steps: int = option("--steps", "optimizer steps", 20000, type=int)
-    batch_size: int = option("--batch-size", "sequences a micro-batch", 1, type=int)
-    grad_accum: int = option("--grad-accum", "micro-batches a step", 16, type=int)
+    batch_size: int | None = option("--batch-size", "sequences a micro-batch; auto: of a step's --grad-accum "
+                                    "sequences, as many at once as fit and pay (default auto)", type=whole_or_auto)
+    grad_accum: int = option("--grad-accum", "micro-batches a step; with --batch-size auto, sequences a step", 16,
+                             type=int)
+    batch_tokens: int | None = option("--batch-tokens", "tokens a step, e.g. 512K, the same at every length of the "
+                                      "schedule (default: --batch-size x --grad-accum sequences)", type=parse_count)
     phases: Phases = option("--seq-schedule", "training lengths as LENGTH@STEP,…", ((0, 1024), (10000, 2048)))
     eval_every: int = option("--eval-every", "steps between evaluations; 0 = only at the end", 500, type=int)
     eval_iters: int = option("--eval-iters", "size of an evaluation, in units of 16384 tokens", 10, type=int)
@@ -148,8 +183,11 @@ class TrainConfig:
     amp: bool | None = option("--amp", "compute in --amp-dtype where weights are fp32 (default: on cuda)", type=bool)
     amp_dtype: str | None = option("--amp-dtype", "arithmetic of mixed precision (default fp16 with fp16 weights, "
                             "else bf16)", choices=("bf16", "fp16"))
-    grad_checkpoint: bool | None = option("--grad-checkpoint", "recompute activations in the backward pass "
-                                   "(default: only if they would not fit)", type=bool)
+    grad_checkpoint: str = option("--grad-checkpoint", "layers whose activations are recomputed in the backward pass: "
+                                  "none, all, a number of them, or auto: the fewest that fit", "auto",
+                                  bare="all", negated="none")
+    vram_limit_gib: float | None = option("--vram-limit-gib", "GPU memory that the run may take, all of it counted "
+                                          "(default: what is free)", type=float)
     deterministic: bool = option("--deterministic", "bitwise repeatable on one kind of GPU, resumed or not; slower "
                                  "(attention whose sums have a fixed order)", False, type=bool)
     fused_blocks: bool | None = option("--fused", "run the blocks by the hand-fused kernels (default: on cuda)",
@@ -159,10 +197,16 @@ class TrainConfig:
     compile_mode: str = option("--compile-mode", "torch.compile mode", "default",
                                choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
 
-    @property
-    def batch_sequences(self) -> int:
-        """Sequences an optimizer step (the global batch)."""
-        return self.batch_size * self.grad_accum
+    def sequences(self, seq_len: int) -> int:
+        """Sequences an optimizer step (the global batch) where sequences are ``seq_len`` tokens long."""
+        if self.batch_tokens is not None:
+            return self.batch_tokens // seq_len
+        return (self.batch_size or 1) * self.grad_accum
+
+    def recomputed_layers(self, n_layers: int) -> int | None:
+        """Layers whose activations are recomputed, of ``n_layers``; None where ``--grad-checkpoint`` leaves it open."""
+        named = {"auto": None, "none": 0, "all": n_layers}
+        return named[self.grad_checkpoint] if self.grad_checkpoint in named else int(self.grad_checkpoint)
 
 
 @dataclass(frozen=True)
@@ -177,6 +221,8 @@ class RunConfig:
     save_optim: bool = option("--save-optim", "optimizer state in last.pt and step*.pt, to resume", True, type=bool)
     ckpt: str | None = option("--ckpt", "checkpoint to start from (weights only, or all of it with --resume)")
     resume: bool = option("--resume", "continue --ckpt, or the run directory's last.pt, exactly", False, type=bool)
+    price: float | None = option("--price", "dollars an hour of the machine: plan and summary then show what the run "
+                                 "costs", type=float)
 
 
 @dataclass(frozen=True)

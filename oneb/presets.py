@@ -16,7 +16,6 @@ from oneb.config import (
     BYTE_VOCAB_SIZE,
     DEMO_DATA,
     FP8_MULTIPLE,
-    NARROW_HEAD_DIM,
     Config,
     ModelConfig,
     OptimConfig,
@@ -62,8 +61,6 @@ def resolve(given: Mapping[str, Any]) -> Config:
     train = _resolve_train(given, model, faults)
     values = {name: _from_given(cls, given) for name, cls in sections().items() if name not in ("model", "train")}
     values["optim"] = _resolve_optim(values["optim"], train.steps)
-    if _null_wants_compiler(model) and train.fused_blocks is None and train.precision != "fp8":
-        train = dataclasses.replace(train, fused_blocks=False)
     config = Config(model=model, train=train, **values)
     faults += find_faults(config)
     if faults:
@@ -117,16 +114,18 @@ def _resolve_train(given: Mapping[str, Any], model: ModelConfig, faults: list[st
         faults.append(str(error))
         phases = ((0, model.max_seq_len),)
     train = _from_given(TrainConfig, {**given, "phases": phases})
+    if "batch_tokens" in given and "grad_accum" in given:
+        faults.append(f"--batch-tokens {given['batch_tokens']} and --grad-accum {given['grad_accum']} both set "
+                      "the size of a step; give one of them")
     if "target_tokens" not in given:
         return train
     if "steps" in given:
         faults.append(f"--steps {given['steps']} and --target-tokens {given['target_tokens']} both set "
                       "the length of the run; give one of them")
         return train
-    sequences = max(1, train.batch_sequences)
-    if min(seq_len for _, seq_len in phases) < 1:
+    if min(seq_len * train.sequences(max(1, seq_len)) for _, seq_len in phases) < 1:
         return train  # reported as out of range; no number of such steps is enough
-    return dataclasses.replace(train, steps=steps_for_tokens(phases, given["target_tokens"], sequences))
+    return dataclasses.replace(train, steps=steps_for_tokens(phases, given["target_tokens"], train.sequences))
 
 
 def _resolve_phases(given: Mapping[str, Any], block: int) -> Phases:
@@ -145,19 +144,10 @@ def _resolve_phases(given: Mapping[str, Any], block: int) -> Phases:
     return tuple(p for p in TrainConfig.phases if p[1] <= block) or ((0, block),)
 
 
-def _null_wants_compiler(model: ModelConfig) -> bool:
-    """Whether blocks with a null token run faster compiled than fused.
-
-    Our kernel for narrow heads has the null token inside. Around the kernels of others it is a dozen passes of plain
-    torch, which a compiler fuses: 65.4k tokens/s against 58.4k (1b baseline, H200).
-    """
-    return model.null_attn and max(model.qk_head_dim, model.v_head_dim) > NARROW_HEAD_DIM
-
-
 def _resolve_optim(optim: OptimConfig, steps: int) -> OptimConfig:
     """What the optimizer, the rate and the length of the run imply."""
     # Lion's sign update is larger for the same lr, and its papers pair a smaller lr with 3-10x the decay.
-    decay = {"lion": 0.5, "adamw": 0.1}[optim.optimizer]
+    decay = 0.1 if optim.is_adamw else 0.5
     # An lr that find_faults refuses must not bring a second fault with it.
     min_lr = optim.lr / 10 if 0 < optim.lr < math.inf else 0.0
     derived = {"weight_decay": decay, "warmup_steps": min(2000, -(-steps // 50)), "min_lr": min_lr}
@@ -184,7 +174,10 @@ def _range_faults(config: Config) -> list[str]:
     checks: list[tuple[Any, tuple[str, ...], Callable[[Any], bool], str]] = [
         (config.model, ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_seq_len"),
          lambda v: v >= 1, positive),
-        (config.train, ("steps", "batch_size", "grad_accum", "eval_iters"), lambda v: v >= 1, positive),
+        (config.train, ("steps", "grad_accum", "eval_iters"), lambda v: v >= 1, positive),
+        (config.train, ("batch_size",), lambda v: v is None or v >= 1, positive),
+        (config.train, ("vram_limit_gib",), lambda v: v is None or 0 < v < math.inf, "must be above 0, and a number"),
+        (config.run, ("price",), lambda v: v is None or 0 <= v < math.inf, "must not be negative, and a number"),
         (config.train, ("eval_every",), lambda v: v >= 0, not_negative),
         (config.train, ("seed",), lambda v: 0 <= v < 2**63, "must be between 0 and 2**63 - 1"),
         (config.run, ("save_every",), lambda v: v >= 0, not_negative),
@@ -244,6 +237,7 @@ def _train_faults(config: Config) -> list[str]:
                           f"--block {block}; give --block {seq_len}, or shorten that phase")
         elif seq_len < 1:
             faults.append(f"--train-seq-len {seq_len} must be at least 1")
+    faults += _batch_faults(train) + _recompute_faults(train, config.model.n_layers)
     if config.optim.min_lr > config.optim.lr:
         faults.append(f"--min-lr {config.optim.min_lr:g} is above --lr {config.optim.lr:g}; the rate falls towards it")
     if config.optim.warmup_steps > train.steps:
@@ -266,6 +260,30 @@ def _train_faults(config: Config) -> list[str]:
     if not re.fullmatch(r"\w[\w.-]*", tag):
         faults.append(f"--tag {tag!r} becomes a folder's name; use letters, digits, '.', '_' and '-'")
     return faults
+
+
+def _batch_faults(train: TrainConfig) -> list[str]:
+    """A global batch in tokens that whole sequences, or whole micro-batches, do not make."""
+    if train.batch_tokens is None:
+        return []
+    faults = []
+    for seq_len in dict.fromkeys(seq_len for _, seq_len in train.phases if seq_len >= 1):
+        sequences = train.sequences(seq_len)
+        if sequences < 1:
+            faults.append(f"--batch-tokens {train.batch_tokens} is less than one sequence of {seq_len} tokens; "
+                          f"give at least {seq_len}")
+        elif train.batch_size and train.batch_size >= 1 and sequences % train.batch_size:
+            faults.append(f"--batch-tokens {train.batch_tokens} makes {sequences} sequences of {seq_len} tokens, which "
+                          f"--batch-size {train.batch_size} does not divide; leave --batch-size out, or give "
+                          f"--batch-tokens {-(-sequences // train.batch_size) * train.batch_size * seq_len}")
+    return faults
+
+
+def _recompute_faults(train: TrainConfig, n_layers: int) -> list[str]:
+    asked = train.grad_checkpoint
+    if asked in ("auto", "none", "all") or asked.isdecimal() and int(asked) <= n_layers:
+        return []
+    return [f"--grad-checkpoint {asked}: wanted none, all, auto or a number of layers from 0 to {n_layers}"]
 
 
 def _precision_faults(train: TrainConfig) -> list[str]:
@@ -297,10 +315,13 @@ def _fp8_faults(config: Config) -> list[str]:
         faults.append(f"--precision fp8 is computed by the fused blocks, and {flag} turns them off; "
                       f"leave {flag} out, {instead}")
     for _, seq_len in train.phases:
-        if (tokens := train.batch_size * seq_len) % FP8_MULTIPLE:
+        rows, of = train.batch_size, f"--batch-size {train.batch_size}"
+        if rows is None:  # whatever it will be, it divides a step
+            rows = train.sequences(max(1, seq_len))
+            of = f"a step of {rows} sequences"
+        if (tokens := rows * seq_len) % FP8_MULTIPLE:
             faults.append(f"--precision fp8 needs the tokens of a micro-batch in a multiple of {FP8_MULTIPLE}, and "
-                          f"--batch-size {train.batch_size} of {seq_len} tokens each makes {tokens}; "
-                          f"change one of them, {instead}")
+                          f"{of} of {seq_len} tokens each makes {tokens}; change one of them, {instead}")
     if min(model.n_heads, model.n_kv_heads) < 1:
         return faults  # reported as out of range
     step = math.lcm(FP8_MULTIPLE, model.n_heads)

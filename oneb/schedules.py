@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import TypeAlias
 
 from oneb.errors import OnebError
@@ -61,19 +62,20 @@ def reached(phases: Phases, steps: int) -> Phases:
     return tuple(phase for phase in phases if phase[0] < steps)
 
 
-def tokens_before(phases: Phases, step: int, batch_sequences: int) -> int:
-    """Tokens trained on in steps ``0 .. step - 1``."""
+def tokens_before(phases: Phases, step: int, sequences: Callable[[int], int]) -> int:
+    """Tokens trained on in steps ``0 .. step - 1``, with ``sequences(seq_len)`` sequences a step."""
     ends = [start for start, _ in phases[1:]] + [step]
-    return batch_sequences * sum(
-        max(0, min(end, step) - start) * seq_len for (start, seq_len), end in zip(phases, ends, strict=True)
+    return sum(
+        max(0, min(end, step) - start) * seq_len * sequences(seq_len)
+        for (start, seq_len), end in zip(phases, ends, strict=True)
     )
 
 
-def steps_for_tokens(phases: Phases, target_tokens: int, batch_sequences: int) -> int:
-    """The smallest number of steps that trains on at least ``target_tokens``."""
+def steps_for_tokens(phases: Phases, target_tokens: int, sequences: Callable[[int], int]) -> int:
+    """The smallest number of steps that trains on at least ``target_tokens``; ``sequences`` as in tokens_before."""
     done = 0
     for (start, seq_len), following in zip(phases, (*phases[1:], None), strict=True):
-        per_step = seq_len * batch_sequences
+        per_step = seq_len * sequences(seq_len)
         steps = -(-(target_tokens - done) // per_step)
         if following is None or start + steps <= following[0]:
             return start + steps

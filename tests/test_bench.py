@@ -244,7 +244,7 @@ NAMES = {
 # The class of each of our own kernels, by its file.
 OURS = {"optimizer_step": "optimizer", "float8": "fp8_casts", "rms_norm": "elementwise", "swiglu": "elementwise",
         "rotary": "elementwise", "softmax_loss": "loss", "narrow_attention": "attention",
-        "narrow_attention_backward": "attention"}
+        "narrow_attention_backward": "attention", "null_terms": "attention", "optimizer_step8": "optimizer"}
 
 
 def our_kernels():

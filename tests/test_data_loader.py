@@ -18,7 +18,7 @@ from oneb.errors import OnebError
 VOCAB = 1000
 IDS = np.random.default_rng(0).integers(0, VOCAB, 20_000)
 N_TRAIN, N_VAL = split_tokens(len(IDS))
-ORDER = BatchOrder(N_TRAIN, seed=7, phases=((0, 16), (5, 64)), batch_sequences=6)
+ORDER = BatchOrder(N_TRAIN, seed=7, phases=((0, 16), (5, 64)), batch_sequences=(6, 6))
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_an_id_outside_the_vocabulary_surfaces_at_its_step(tmp_path):
 
 
 def test_any_error_of_the_thread_reaches_the_caller(tokens):
-    beyond = BatchOrder(10 * len(IDS), seed=0, phases=((0, 64),), batch_sequences=6)
+    beyond = BatchOrder(10 * len(IDS), seed=0, phases=((0, 64),), batch_sequences=(6,))
     with pytest.raises(IndexError, match="of 20000"):
         load(tokens, 0, 50, beyond)
     assert loader_threads() == 0

@@ -22,7 +22,12 @@ def orders(draw, min_train: int = 17) -> BatchOrder:
     starts = np.cumsum([0, *gaps]).tolist()
     return BatchOrder(n_train=draw(st.integers(min_train, 2000)), seed=draw(st.integers(-2**70, 2**70)),
                       phases=tuple((start, draw(SEQ_LENS)) for start in starts),
-                      batch_sequences=draw(st.integers(1, 7)))
+                      batch_sequences=tuple(draw(st.integers(1, 7)) for _ in starts))
+
+
+def sequences_at(order: BatchOrder, step: int) -> int:
+    """B of the phase that ``step`` is in."""
+    return [b for (start, _), b in zip(order.phases, order.batch_sequences, strict=True) if start <= step][-1]
 
 
 def windows(order: BatchOrder, steps: int) -> list[tuple[int, int]]:
@@ -65,7 +70,7 @@ def test_reads_stay_inside_the_training_tokens(order):
     for step in range(60):
         offsets = order.offsets(step)
         assert offsets.dtype == np.int64
-        assert offsets.shape == (order.batch_sequences,)
+        assert offsets.shape == (sequences_at(order, step),)
         assert offsets.min() >= 0
         assert offsets.max() + order.seq_len(step) + 1 <= order.n_train
 
@@ -87,7 +92,7 @@ def _steps_within_first_epoch(order: BatchOrder, limit: int) -> int:
         per_chunk = chunk_len // seq_len
         for step in range(start, min(end, limit)):
             if (step - start) % per_chunk == 0:
-                opened += order.batch_sequences
+                opened += order.batch_sequences[index]
             if opened > (order.n_train - 1) // chunk_len:
                 return step
     return limit
@@ -95,7 +100,7 @@ def _steps_within_first_epoch(order: BatchOrder, limit: int) -> int:
 
 @given(n_train=st.integers(17, 500), seed=st.integers(0, 9), seq_len=st.sampled_from([4, 8, 16]))
 def test_one_epoch_reads_every_chunk_exactly_once(n_train, seed, seq_len):
-    order = BatchOrder(n_train, seed, ((0, seq_len), (10**9, 16)), batch_sequences=1)
+    order = BatchOrder(n_train, seed, ((0, seq_len), (10**9, 16)), batch_sequences=(1, 1))
     n_chunks = (n_train - 1) // 16
     read = sorted(windows(order, n_chunks * 16 // seq_len))
     shift = read[0][0]
@@ -104,7 +109,7 @@ def test_one_epoch_reads_every_chunk_exactly_once(n_train, seed, seq_len):
 
 
 def test_a_batch_that_straddles_epochs_takes_from_both():
-    order = BatchOrder(n_train=5 * 8 + 1, seed=1, phases=((0, 8),), batch_sequences=3)
+    order = BatchOrder(n_train=5 * 8 + 1, seed=1, phases=((0, 8),), batch_sequences=(3,))
     drawn = np.concatenate([order.offsets(step) for step in range(10)]) // 8
     for epoch in range(6):
         assert sorted(drawn[epoch * 5:epoch * 5 + 5].tolist()) == [0, 1, 2, 3, 4]
@@ -112,7 +117,7 @@ def test_a_batch_that_straddles_epochs_takes_from_both():
 
 def test_epochs_and_seeds_differ():
     def epoch_order(seed: int, epoch: int) -> tuple[int, ...]:
-        order = BatchOrder(n_train=100 * 8 + 6, seed=seed, phases=((0, 8),), batch_sequences=100)
+        order = BatchOrder(n_train=100 * 8 + 6, seed=seed, phases=((0, 8),), batch_sequences=(100,))
         return tuple(order.offsets(epoch).tolist())
 
     assert len({epoch_order(seed, epoch) for seed in range(10) for epoch in range(10)}) == 100
@@ -125,7 +130,7 @@ def test_later_phases_that_are_not_longer_change_nothing_before_them(order, extr
     last = order.phases[-1][0]
     longest = max(t for _, t in order.phases)
     longer = BatchOrder(order.n_train, order.seed, (*order.phases, (last + gap, min(seq_len, longest))),
-                        order.batch_sequences)
+                        (*order.batch_sequences, 3))
     for step in range(last + gap):
         assert np.array_equal(order.offsets(step), longer.offsets(step))
 
@@ -142,14 +147,15 @@ def test_a_step_is_a_pure_function(order, data):
 def test_a_batch_is_the_same_sequences_as_several_smaller_ones(order, factor):
     """Row b of a step is position c0 + g*B + b, so with one phase a larger batch is a plain regrouping."""
     seq_len = max(t for _, t in order.phases)
-    small = BatchOrder(order.n_train, order.seed, ((0, seq_len),), order.batch_sequences)
-    large = BatchOrder(order.n_train, order.seed, ((0, seq_len),), order.batch_sequences * factor)
+    first = order.batch_sequences[0]
+    small = BatchOrder(order.n_train, order.seed, ((0, seq_len),), (first,))
+    large = BatchOrder(order.n_train, order.seed, ((0, seq_len),), (first * factor,))
     parts = [small.offsets(step) for step in range(3 * factor, 4 * factor)]
     assert np.array_equal(np.concatenate(parts), large.offsets(3))
 
 
 def test_epoch_counts_tokens():
-    order = BatchOrder(n_train=100 * 16 + 1, seed=0, phases=((0, 4), (8, 16)), batch_sequences=5)
+    order = BatchOrder(n_train=100 * 16 + 1, seed=0, phases=((0, 4), (8, 16)), batch_sequences=(5, 5))
     assert order.epoch(0) == 0
     assert order.epoch(4) == 0.05  # 4 steps x 5 sequences x 4 tokens of 1600
     assert order.epoch(8) == 0.10
@@ -158,7 +164,7 @@ def test_epoch_counts_tokens():
 
 def test_the_order_never_changes():
     """Old runs must resume on the same tokens: a change here breaks them all."""
-    order = BatchOrder(n_train=1_000_000, seed=1337, phases=((0, 128), (10, 512)), batch_sequences=8)
+    order = BatchOrder(n_train=1_000_000, seed=1337, phases=((0, 128), (10, 512)), batch_sequences=(8, 8))
     digest = hashlib.sha256()
     for step in (0, 1, 9, 10, 11, 400, 10**6):
         digest.update(order.offsets(step).astype("<i8").tobytes())
@@ -168,7 +174,7 @@ def test_the_order_never_changes():
 
 def test_data_shorter_than_a_chunk_is_the_users_mistake():
     with pytest.raises(OnebError, match="512 tokens; wanted at least 513"):
-        BatchOrder(n_train=512, seed=0, phases=((0, 128), (5, 512)), batch_sequences=1)
+        BatchOrder(n_train=512, seed=0, phases=((0, 128), (5, 512)), batch_sequences=(1, 1))
 
 
 @given(n_tokens=st.integers(2, 10**12))

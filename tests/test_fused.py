@@ -4,8 +4,8 @@ import pytest
 import torch
 from model_cases import CASES, OPTIONS, model_config, relative_error
 
-from oneb import accounting
 from oneb.kernels.attention import choose_backend
+from oneb.memory import activation_bytes_per_token
 from oneb.model.float8_state import Float8State
 from oneb.model.fused import block_matrices
 from oneb.model.transformer import build_model
@@ -91,7 +91,7 @@ def test_memory_kept_for_the_backward_is_what_the_plan_counts(variant, given):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.blocks[0](x, model.rotary.slice(0, seq_len))
     found = sum(size for pointer, size in kept.items() if pointer not in weights | tables)
-    planned = accounting.activation_bytes_per_token(config, 4, 4, fused=True) * rows * seq_len
+    planned = activation_bytes_per_token(config, 4, 4, fused=True) * rows * seq_len
     assert found == pytest.approx(planned, rel=0.02)
 
 

@@ -89,7 +89,7 @@ def without_newer_keys(path):
 
 
 @pytest.mark.parametrize("given", [
-    {"null_attn": True}, {"variant": "gqa", "n_kv_heads": 2}, {"grad_checkpoint": True, "tie_qk": True},
+    {"null_attn": True}, {"variant": "gqa", "n_kv_heads": 2}, {"grad_checkpoint": "all", "tie_qk": True},
 ], ids=["decoupled", "gqa", "recomputed"])
 def test_fused_blocks_train_as_the_plain_ones(tmp_path, given):
     given |= {"steps": 20, "optimizer": "adamw", "phases": "17@0,32@10"}  # an odd length too
@@ -125,7 +125,7 @@ def test_a_stopped_fp8_run_continues_bit_for_bit(tmp_path, param_dtype):
 
 def test_recomputed_fp8_equals_kept(tmp_path):
     kept = run(tmp_path / "kept", precision="fp8", steps=4)
-    recomputed = run(tmp_path / "recomputed", precision="fp8", steps=4, grad_checkpoint=True)
+    recomputed = run(tmp_path / "recomputed", precision="fp8", steps=4, grad_checkpoint="all")
     assert_equal(state(kept), state(recomputed))
 
 
@@ -264,7 +264,7 @@ def test_a_compile_mode_that_would_do_nothing_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("given", [{}, {"null_attn": True}, {"grad_checkpoint": True}], ids=["", "null", "recomputed"])
+@pytest.mark.parametrize("given", [{}, {"null_attn": True}, {"grad_checkpoint": "all"}], ids=["", "null", "recomputed"])
 def test_narrow_heads_and_fused_blocks_train_as_the_plain_path_on_the_gpu(tmp_path, given):
     if torch.cuda.get_device_capability()[0] < 8:
         pytest.skip("the kernel for narrow heads needs compute capability 8.0")

@@ -1,40 +1,14 @@
 """run_1b_launch.py as a user runs it: a process, its output and its exit code."""
 
-import argparse
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launcher_helpers import NANO, ROOT, as_bash_reads, config, launch, printed_command, write_checkpoint
 
-from oneb.cli.options import add_config_options, config_from_args, config_to_args
-
-ROOT = Path(__file__).parents[1]
-NANO = ("--device", "cpu", "--size", "nano", "--data", "demo")
-
-
-def launch(*words: str, cwd: Path, root: Path = ROOT, python: tuple[str, ...] = (sys.executable,), **environment: str):
-    return subprocess.run([*python, str(root / "run_1b_launch.py"), *words], cwd=cwd, capture_output=True, text=True,
-                          timeout=60, env={"PATH": "/usr/bin:/bin", **environment})
-
-
-def config(*words: str):
-    parser = argparse.ArgumentParser()
-    add_config_options(parser)
-    return config_from_args(parser.parse_args(words))
-
-
-def printed_command(output: str) -> str:
-    """The paragraph that a user selects and pastes."""
-    (command,) = [paragraph for paragraph in output.split("\n\n") if "-m oneb.train" in paragraph]
-    return command
-
-
-def as_bash_reads(command: str) -> list[str]:
-    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True)
-    return done.stdout.split("\0")[:-1]
+from oneb.cli.options import config_to_args
 
 
 def poisoned(folder: Path, *names: str) -> str:
@@ -63,8 +37,9 @@ def test_the_dry_run_prints_the_plan_and_changes_nothing(tmp_path):
 def test_the_dry_run_imports_neither_torch_nor_numpy(tmp_path):
     (tmp_path / "poison").mkdir()
     poison = poisoned(tmp_path / "poison", "torch", "numpy", "wandb", "rich", "matplotlib")
-    done = launch("--data", "demo", cwd=tmp_path, PYTHONPATH=poison)
-    assert (done.returncode, done.stderr) == (0, "")
+    for words in (("--data", "demo"), ("--gpu", "h100", "--budget", "40")):
+        done = launch(*words, cwd=tmp_path, PYTHONPATH=poison)
+        assert (done.returncode, done.stderr) == (0, "")
     # The poison works: a module that does import numpy fails.
     control = subprocess.run([sys.executable, "-c", "import numpy"], env={"PYTHONPATH": poison}, capture_output=True)
     assert b"numpy was imported" in control.stderr
@@ -86,14 +61,6 @@ def test_the_printed_command_survives_the_shell(tmp_path, words):
     # From outside the checkout, Python must be told where the package is.
     assert argv[:5] == ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "oneb.train"]
     assert config(*argv[5:]) == config(*words)
-
-
-def write_checkpoint(path: Path, model) -> None:
-    """What the launcher reads of a checkpoint: that it is there, and its sidecar."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"")
-    values = {"step": 1, "tokens": 1, "best_val_loss": None, "sha256": "", "bytes": 0, "model": vars(model)}
-    path.with_name(path.name + ".json").write_text(json.dumps(values))
 
 
 def test_target_tokens_solves_for_steps(tmp_path):

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from oneb.kernels import optimizer_step
+from oneb.kernels import optimizer_step, optimizer_step8
 from oneb.kernels.runtime import triton_available
 from oneb.optim import LossScaler, build_optimizer, clip_scale, grad_norm
 
-KINDS = ("lion", "adamw")
+KINDS = ("lion", "adamw", "lion8bit", "adamw8bit")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 7, 1024, 4099)
 SCALES = (0.37, 1.0, float("nan"), float("inf"), float("-inf"))
@@ -39,14 +39,29 @@ def tensors(
         values[::17] = special.repeat(n // len(special) + 1)[: len(values[::17])]
         return values.to(dtype)
 
-    values = [mixed(0.02, dtype), mixed(1.0, grad_dtype), mixed(0.1)]
-    if kind == "adamw":
-        values.append(mixed(1.0).square())
+    def codes(lowest: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Any codes with scales from none to large; the last block is short."""
+        scales = 10.0 ** torch.randint(-9, 0, (optimizer_step8.n_state_blocks(n),), generator=generator)
+        scales[::3] = 0
+        return [torch.randint(lowest, torch.iinfo(dtype).max + 1, (n,), generator=generator).to(dtype), scales]
+
+    values = [mixed(0.02, dtype), mixed(1.0, grad_dtype)]
+    values += codes(-127, torch.int8) if "8bit" in kind else [mixed(0.1)]
+    if "adamw" in kind:
+        values += codes(0, torch.uint8) if "8bit" in kind else [mixed(1.0).square()]
     return [value.to(device) for value in values]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+    return tensor.view({4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.element_size()])
+
+
+def step_of(kind: str, version: str):
+    return getattr(optimizer_step8 if "8bit" in kind else optimizer_step, f"{kind}_step_{version}")
+
+
+def kernel_of(kind: str):
+    return getattr(optimizer_step8 if "8bit" in kind else optimizer_step, f"_{kind}_kernel")
 
 
 def compare(kind: str, dtype: torch.dtype, n: int, device: str) -> None:
@@ -58,11 +73,11 @@ def compare(kind: str, dtype: torch.dtype, n: int, device: str) -> None:
         for step, scale in enumerate(SCALES):
             before = [tensor.clone() for tensor in plain]
             extra = {"key": optimizer_step.rounding_key(5, step, 2)}
-            if kind == "adamw":
+            if "adamw" in kind:
                 extra |= {"eps": 1e-8, "n_updates": step + 1}
             grad_scale = torch.tensor(scale, device=device)
-            getattr(optimizer_step, f"{kind}_step_plain")(*plain, grad_scale, **settings, **extra)
-            getattr(optimizer_step, f"{kind}_step_fused")(*fused, grad_scale, **settings, **extra)
+            step_of(kind, "plain")(*plain, grad_scale, **settings, **extra)
+            step_of(kind, "fused")(*fused, grad_scale, **settings, **extra)
             for one, other, old in zip(plain, fused, before, strict=True):
                 assert torch.equal(bits(one), bits(other)), (kind, dtype, grad_dtype, n, scale)
                 if not grad_scale.isfinite():
@@ -100,23 +115,26 @@ def test_without_triton_the_twins_remain():
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [75, 90])  # T4; H100 and H200
+@pytest.mark.parametrize("capability", [75, 80, 90])  # T4; A100; H100 and H200
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_compile_without_fused_multiply_add(kind, capability):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(optimizer_step, f"_{kind}_kernel")
+    kernel = kernel_of(kind)
     if not hasattr(kernel, "params"):
         pytest.skip("Triton's interpreter is on in this process")
     for dtype in ("bf16", "fp16"):
-        types = {"param_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "BLOCK": "constexpr"}
+        constants = {p.name: 1024 if p.name == "BLOCK" else p.default for p in kernel.params if p.is_constexpr}
+        types = {"param_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}"} | dict.fromkeys(constants, "constexpr")
         types |= dict.fromkeys(("n_elements", "key"), "i32")
+        if "8bit" in kind:
+            types |= {"exp_avg_ptr": "*i8", "exp_avg_sq_ptr": "*u8"}
         signature = {
             name: types.get(name, "*fp32" if name.endswith("_ptr") else "fp32") for name in kernel.arg_names
         }
-        source = ASTSource(kernel, signature, {"BLOCK": 1024})
+        source = ASTSource(kernel, signature, constants)
         options = {"enable_fp_fusion": False}
         ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
         assert "fma." not in ptx  # would round once where the twin rounds twice
@@ -127,7 +145,7 @@ def test_kernels_compile_without_fused_multiply_add(kind, capability):
 def training_tensors(fused: bool, kind: str, dtype: torch.dtype) -> list[torch.Tensor]:
     """Weights, state and loss scale after a few whole steps on CUDA."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(33, 65), nn.GELU(), nn.Linear(65, 3)).to("cuda", dtype)
+    model = nn.Sequential(nn.Linear(33, 127), nn.GELU(), nn.Linear(127, 3)).to("cuda", dtype)
     inputs = torch.randn(16, 33).to("cuda", dtype)
     optimizer = build_optimizer(
         model.named_parameters(), kind=kind, betas=(0.9, 0.99), weight_decay=0.1, seed=3, fused=fused,
@@ -146,6 +164,7 @@ def training_tensors(fused: bool, kind: str, dtype: torch.dtype) -> list[torch.T
         optimizer.zero_grad()
         torch.cuda.set_sync_debug_mode(previous_mode)
     states = [t for state in optimizer.state_dict()["state"].values() for t in state.values()]
+    assert any(state.dtype == torch.int8 for state in states) == ("8bit" in kind)
     return [t.detach().cpu() for t in [*optimizer.params, *states, scaler.scale]]
 
 
@@ -170,9 +189,9 @@ class TestOnGpu:
     def test_twin_on_cpu_equals_twin_on_gpu(self):
         for kind in KINDS:
             settings = {"lr": 1e-3, "betas": (0.9, 0.98), "weight_decay": 0.1, "key": 77}
-            if kind == "adamw":
+            if "adamw" in kind:
                 settings |= {"eps": 1e-8, "n_updates": 2}
-            step = getattr(optimizer_step, f"{kind}_step_plain")
+            step = step_of(kind, "plain")
             on_cpu = tensors(kind, torch.bfloat16, torch.bfloat16, 4099, "cpu")
             on_gpu = [tensor.cuda() for tensor in on_cpu]
             step(*on_cpu, torch.tensor(0.5), **settings)
@@ -180,19 +199,21 @@ class TestOnGpu:
             for one, other in zip(on_cpu, on_gpu, strict=True):
                 assert torch.equal(bits(one), bits(other.cpu()))
 
-    def test_no_kernel_is_compiled_anew_at_a_later_step(self):
+    @pytest.mark.parametrize("kind", ["lion", "lion8bit"])
+    def test_no_kernel_is_compiled_anew_at_a_later_step(self, kind):
         settings = {"betas": (0.9, 0.98), "weight_decay": 0.1}
-        case = tensors("lion", torch.bfloat16, torch.bfloat16, 4099, "cuda")
+        case = tensors(kind, torch.bfloat16, torch.bfloat16, 4099, "cuda")
         scale = torch.tensor(1.0, device="cuda")
+        step = step_of(kind, "fused")
 
         def compiled() -> int:
-            (cache, *_), = optimizer_step._lion_kernel.device_caches.values()
+            (cache, *_), = kernel_of(kind).device_caches.values()
             return len(cache)
 
-        optimizer_step.lion_step_fused(*case, scale, lr=1e-3, key=12345, **settings)
+        step(*case, scale, lr=1e-3, key=12345, **settings)
         count = compiled()
         for key in (0, 1, 16, 2**31 - 1, 2**31, 2**32 - 1):
-            optimizer_step.lion_step_fused(*case, scale, lr=key * 1e-12, key=key, **settings)
+            step(*case, scale, lr=key * 1e-12, key=key, **settings)
         assert compiled() == count
 
 

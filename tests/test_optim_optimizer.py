@@ -11,7 +11,9 @@ from torch import nn
 
 from oneb.errors import OnebError
 from oneb.optim import applies_decay, build_optimizer
+from oneb.optim.optimizer import has_8bit_state
 
+KINDS = ("lion", "adamw", "lion8bit", "adamw8bit")
 BETAS = (0.9, 0.98)
 ONE = torch.tensor(1.0)
 
@@ -23,6 +25,7 @@ class Parts(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(11, 8)
         self.project = nn.Linear(8, 8)
+        self.wide = nn.Linear(65, 64, bias=False)  # enough for 8-bit state, in 16 blocks and a quarter
         self.norm = nn.LayerNorm(8)
         self.log_temperature = nn.Parameter(torch.zeros(4))
         self.null_key = nn.Parameter(torch.randn(4, 2) * 0.02)
@@ -68,12 +71,12 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 def test_matrices_decay_and_nothing_else_does():
     model, optimizer = make()
-    assert optimizer.decayed_names == ("embedding.weight", "project.weight")
+    assert optimizer.decayed_names == ("embedding.weight", "project.weight", "wide.weight")
     assert not applies_decay(model.null_key)
-    assert len(optimizer.params) == 7  # the tied head once, the frozen one not at all
+    assert len(optimizer.params) == 8  # the tied head once, the frozen one not at all
 
 
-@pytest.mark.parametrize("kind", ["lion", "adamw"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_decay_acts_where_it_should(kind):
     """With a zero gradient and no momentum, decay is all there is."""
     model, optimizer = make(kind=kind)
@@ -89,7 +92,7 @@ def test_decay_acts_where_it_should(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["lion", "adamw"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf")])
 def test_bad_scale_changes_no_bit(kind, dtype, scale):
     model, optimizer = make(dtype, kind)
@@ -102,7 +105,7 @@ def test_bad_scale_changes_no_bit(kind, dtype, scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["lion", "adamw"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_resume_equals_continuing(kind, dtype):
     whole_model, whole = make(dtype, kind)
     run(whole_model, whole, range(8))
@@ -173,6 +176,28 @@ def test_state_is_fp32_whatever_the_weights_are():
         assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("kind", ["lion8bit", "adamw8bit"])
+def test_large_matrices_keep_8bit_state_and_the_rest_fp32(kind):
+    model, optimizer = make(torch.bfloat16, kind)
+    for name, state in optimizer.state_dict()["state"].items():
+        if name == "wide.weight":
+            assert state["exp_avg"].dtype == torch.int8
+            assert all(state[key].shape == (17,) for key in state if key.endswith("_scale"))
+        else:
+            assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    model.wide.weight.no_weight_decay = True
+    assert not has_8bit_state(model.wide.weight)
+
+
+@pytest.mark.parametrize(("kind", "bytes_a_parameter"), [
+    ("lion", 4.0), ("adamw", 8.0), ("lion8bit", 1 + 4 / 256), ("adamw8bit", 2 + 8 / 256),
+])
+def test_bytes_of_state(kind, bytes_a_parameter):
+    weight = nn.Parameter(torch.randn(512, 384))
+    state = build_optimizer([("w", weight)], kind=kind, betas=BETAS, weight_decay=0.1, seed=0).state_dict()["state"]
+    assert sum(tensor.nbytes for tensor in state["w"].values()) == weight.numel() * bytes_a_parameter
+
+
 def test_off_cuda_the_twin_is_used():
     _, optimizer = make(fused=True)
     assert not optimizer.fused
@@ -227,8 +252,17 @@ def test_state_that_does_not_fit_is_refused_untouched(damage, message):
     assert all(not t.any() for tensors in fresh.state_dict()["state"].values() for t in tensors.values())
 
 
+def test_fp32_state_is_no_8bit_state():
+    _, optimizer = make(kind="lion8bit")
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"]["wide.weight"] = {"exp_avg": torch.ones(64, 65)}
+    with pytest.raises(OnebError, match=r"wide.weight has \['exp_avg'\], wanted \['exp_avg', 'exp_avg_scale'\]"):
+        optimizer.load_state_dict(state)
+    assert not optimizer.state_dict()["state"]["wide.weight"]["exp_avg"].any()
+
+
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"kind": "sgd"}, "wanted lion or adamw"),
+    ({"kind": "sgd"}, "wanted lion, adamw, lion8bit, adamw8bit"),
     ({"betas": (0.9, 1.0)}, "from 0 to below 1"),
     ({"betas": (0.9,)}, "two numbers"),
     ({"weight_decay": -0.1}, "0 or more"),

@@ -268,7 +268,7 @@ def test_a_weight_without_a_usable_magnitude_is_cast_as_it_is():
 
 def test_fp8_needs_a_gpu_that_has_it_or_the_cpu_by_name():
     def device(kind, has_fp8):
-        return Device(torch.device(kind), "a device", None, True, has_fp8, None)
+        return Device(torch.device(kind), "a device", None, True, has_fp8)
 
     assert open_device("cpu").has_fp8
     check_precision(open_device("cpu"), "fp8")

@@ -69,10 +69,14 @@ def test_every_malformed_entry_is_named_at_once():
         assert entry in str(caught.value)
 
 
-@given(phases_from_step_0(), st.integers(0, 100), st.integers(1, 7))
+# Sequences a step: the same at all lengths, or as many as make so many tokens.
+SEQUENCES = st.integers(1, 7).map(lambda n: lambda _: n) | st.just(lambda seq_len: 1 + 5000 // seq_len)
+
+
+@given(phases_from_step_0(), st.integers(0, 100), SEQUENCES)
 def test_tokens_before_is_a_sum_over_steps(phases, step, sequences):
-    by_counting = sum(seq_len_by_walking(phases, s) * sequences for s in range(step))
-    assert tokens_before(phases, step, sequences) == by_counting
+    lengths = [seq_len_by_walking(phases, s) for s in range(step)]
+    assert tokens_before(phases, step, sequences) == sum(n * sequences(n) for n in lengths)
 
 
 @given(phases_from_step_0(), st.integers(0, 100))
@@ -87,11 +91,12 @@ def test_reached_is_every_phase_with_a_step(phases, steps):
     assert reached(phases, steps) == phases[:len(reached(phases, steps))]
 
 
-@given(phases_from_step_0(), st.integers(1, 5000), st.integers(1, 7))
+@given(phases_from_step_0(), st.integers(1, 5000), SEQUENCES)
 def test_steps_for_tokens_is_the_smallest_by_brute_force(phases, target, sequences):
     done = steps = 0
     while done < target:
-        done += seq_len_by_walking(phases, steps) * sequences
+        seq_len = seq_len_by_walking(phases, steps)
+        done += seq_len * sequences(seq_len)
         steps += 1
     assert steps_for_tokens(phases, target, sequences) == steps
 

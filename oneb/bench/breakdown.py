@@ -27,10 +27,10 @@ class Pattern(NamedTuple):
 
 # The first pattern that is found decides.
 PATTERNS: tuple[Pattern, ...] = (
-    Pattern("optimizer", r"_lion_kernel|_adamw_kernel|_muon", "the fused updates"),
+    Pattern("optimizer", r"_(lion|adamw)(8bit)?_kernel|_muon", "the fused updates"),
     Pattern("optimizer", r"multi_tensor_apply|LpNorm|lpnorm|Norm\w*Ops", "gradient norm, by foreach"),
     Pattern("fp8_casts", r"cast8|transpose8", "casts that nothing could fuse; operands turned for weight gradients"),
-    Pattern("attention", r"narrow_attention", "ours"),
+    Pattern("attention", r"narrow_attention|null_terms", "ours"),
     Pattern("attention", r"cudnn|sdpa", "cuDNN's, with its helpers (dot_do_o, convert_dq)"),
     Pattern("attention", r"flash|fmha|flex_attention|flex_decoding",
             "FlashAttention, memory-efficient: their names hold 'cutlass', so they stand before the products"),

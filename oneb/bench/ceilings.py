@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from oneb.bench.predict import Ceilings, Gemm
 from oneb.kernels.float8 import scaled_product
+from oneb.roofline import Ceilings, Gemm
 from oneb.train.device import Device
 
 _COPY_BYTES = 2 * 2**30

@@ -25,13 +25,13 @@ from oneb.bench.points import (
     configuration,
     largest_batch_size,
 )
-from oneb.bench.predict import EXPONENTIALS_PER_CLOCK, gemm_seconds, gemms, predict, table_ceilings
 from oneb.bench.results import Row
 from oneb.config import Config, compute_dtype, device_defaults
 from oneb.kernels.attention import SDP_BACKENDS
 from oneb.kernels.runtime import triton_available
 from oneb.model.transformer import DTYPES
 from oneb.planner import mfu
+from oneb.roofline import EXPONENTIALS_PER_CLOCK, gemm_seconds, gemms, predict, table_ceilings
 from oneb.train.clock import StepClock
 from oneb.train.device import Device, open_device
 from oneb.train.recorder import Recorder, open_recorder
@@ -93,7 +93,7 @@ class Bench:
         config = parts.config
         row = _identity(parts, point, self.settings)
         with Meter(gpu_uuid() if self.device.is_cuda else None).running() as meter:
-            watch = self._run(parts, directory)
+            watch = self._run(point, parts, directory)
         row |= watch.figures(meter)
         row["mfu"] = mfu(config, row["tok_s"], point.seq_len, self.device.gpu)
         if self._measured > 1:
@@ -119,11 +119,11 @@ class Bench:
             batch_size = largest_batch_size(point, self.settings, dataclasses.replace(config, train=train), free)
         return configuration(point, self.settings, batch_size, str(self.folder))
 
-    def _run(self, parts: Parts, directory: RunDirectory) -> Watch:
+    def _run(self, point: Point, parts: Parts, directory: RunDirectory) -> Watch:
         profile = None
         if self.settings.profile and self.device.is_cuda:
             profile = Profile(directory.path / "trace.json")
-        watch = Watch(self.device, self.settings, parts.config.train.batch_sequences, profile)
+        watch = Watch(self.device, self.settings, parts.config.train.sequences(point.seq_len), profile)
         with StopRequest() as stop, open_recorder(parts.config, directory) as recorder, \
                 sdpa_kernel(SDP_BACKENDS[parts.backend]):
             trainer = Trainer(parts, directory, _WatchedRecorder(recorder, watch), stop, StartingPoint())
@@ -136,8 +136,9 @@ class Bench:
 
     def _beside(self, config: Config, point: Point, row: Row) -> Row:
         """Ceilings at this point's shapes, and what a roofline makes of them."""
+        train = config.train
         eight_bit = point.precision == "fp8" and self.device.is_cuda
-        found = gemms(config.model, config.train.batch_size * point.seq_len, eight_bit)
+        found = gemms(config.model, train.batch_size * point.seq_len, eight_bit)
         exponentials = _exponentials_per_s(self.device, row["clock_mhz"])
         if self.settings.ceiling_s > 0:
             ceilings = measure_ceilings(found, self.device, DTYPES[compute_dtype(config.train)],
@@ -151,7 +152,9 @@ class Bench:
         gemm_ms = row["breakdown"] and row["breakdown"]["ms"]["gemm"]
         return {
             "ceilings": ceilings.to_dict(found),
-            "predicted": predict(config, point.seq_len, ceilings, eight_bit=eight_bit),
+            "predicted": predict(config, point.seq_len, ceilings, batch_size=train.batch_size,
+                                 grad_accum=train.grad_accum, eight_bit=eight_bit,
+                                 recomputed_layers=train.recomputed_layers(config.model.n_layers) or 0),
             # A step's products: FLOPs, seconds at the ceilings, and what they took (recomputed ones included).
             "gemm": {"flops": flops, "ceiling_ms": seconds * 1e3, "ceiling_tflops": flops / seconds / 1e12,
                      "ms": gemm_ms, "tflops": gemm_ms and flops / gemm_ms / 1e9},
@@ -259,7 +262,7 @@ def _identity(parts: Parts, point: Point, settings: Settings) -> Row:
         "parameters": sum(accounting.parameter_counts(config.model).values()),
         "flops_per_token": accounting.flops_per_token(config.model, point.seq_len),
         "batch_size": train.batch_size, "grad_accum": train.grad_accum, "warmup": settings.warmup,
-        "tokens_per_step": train.batch_sequences * point.seq_len, "data": Path(settings.data).name,
+        "tokens_per_step": train.sequences(point.seq_len) * point.seq_len, "data": Path(settings.data).name,
         "compute_dtype": compute_dtype(train), "train": dataclasses.asdict(train),
         "optimizer": config.optim.optimizer, "attention_backend": parts.backend, "notes": parts.notes,
     }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from oneb.config import Config
-from oneb.planner import memory_estimate
+from oneb.memory import step_memory
 from oneb.presets import SIZES, resolve
 
 GROWTH_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -17,7 +16,7 @@ GROWTH_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 GROWTH_LENGTH = 2048  # tokens a sequence where the micro-batch grows
 # Steps that the profiler sees: one that fills the queue again, and those that count.
 PROFILE_LEAD_IN, PROFILE_STEPS = 1, 2
-# What is left of the memory goes to the CUDA context, to what libraries take, and to the estimate's error.
+# What is left of the memory goes to the estimate's error.
 _MEMORY_SHARE = 0.9
 
 # Launcher options that the bench decides itself, and how it is told to.
@@ -109,11 +108,11 @@ def largest_batch_size(point: Point, settings: Settings, config: Config, free_by
         config: of this point, with the device's defaults filled in; its micro-batch does not matter.
         free_bytes: the device's free memory; None where it is the host's, which is not asked.
     """
+    optimizer = "lion" if config.optim.optimizer == "auto" else config.optim.optimizer
+    recomputed = config.train.recomputed_layers(config.model.n_layers) or 0
     best, size = 1, 1
     while size * point.seq_len <= settings.batch_tokens:
-        train = dataclasses.replace(config.train, batch_size=size)
-        needed = sum(memory_estimate(dataclasses.replace(config, train=train),
-                                     grad_checkpoint=bool(train.grad_checkpoint)).values())
+        needed = sum(step_memory(config, point.seq_len, size, recomputed, optimizer=optimizer).values())
         if free_bytes is not None and needed > _MEMORY_SHARE * free_bytes:
             break
         best, size = size, 2 * size

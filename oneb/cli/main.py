@@ -10,6 +10,7 @@ from oneb import __version__
 
 _COMMANDS = {
     "launch": "plan a run; with --run, start it",
+    "plan": "compare GPUs and variants: memory, time and money of a run",
     "train": "train (what launch prints)",
     "prepare": "make a token file from FineWeb-Edu or local text",
     "sample": "generate text from a checkpoint",

@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 import difflib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from oneb.config import Config, sections
+from oneb.config import Config, sections, whole_or_auto
+from oneb.errors import OnebError
 from oneb.presets import DEFAULT_SIZE, SIZES, resolve
 from oneb.schedules import format_seq_schedule
 from oneb.units import parse_count
@@ -36,14 +37,20 @@ class OptionParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists every option)\n")
 
 
-def count(text: str) -> int:
-    """argparse type for "10B"; argparse turns ValueError's cousins into its own message, so the text is kept."""
-    from oneb.errors import OnebError
+def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``parse`` as an argparse type: what it says of a text it refuses is shown beside the option's name."""
 
-    try:
-        return parse_count(text)
-    except OnebError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except OnebError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    parsed.__name__ = parse.__name__.replace("_", " ")  # argparse names it when it meets a ValueError
+    return parsed
+
+
+count = argument(parse_count)
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -78,11 +85,20 @@ def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field) -> Non
     elif meta["choices"]:
         group.add_argument(meta["flag"], choices=meta["choices"], **arguments)
     else:
-        group.add_argument(meta["flag"], type=meta["type"], metavar=_metavar(meta), **arguments)
+        bare = {"nargs": "?", "const": meta["bare"]} if meta["bare"] else {}
+        group.add_argument(meta["flag"], type=argument(meta["type"]), metavar=_metavar(meta), **bare, **arguments)
+    if meta["negated"]:
+        group.add_argument(_negation(meta["flag"]), action="store_const", const=meta["negated"], dest=field.name,
+                           default=argparse.SUPPRESS, help=f"same as {meta['flag']} {meta['negated']}")
+
+
+def _negation(flag: str) -> str:
+    return "--no-" + flag.removeprefix("--")
 
 
 def _metavar(meta: Any) -> str:
-    return {int: "N", float: "X"}.get(meta["type"], meta["flag"].rsplit("-", 1)[-1].upper())
+    names = {int: "N", float: "X", whole_or_auto: "N", parse_count: "COUNT"}
+    return names.get(meta["type"], meta["flag"].rsplit("-", 1)[-1].upper())
 
 
 def config_from_args(args: argparse.Namespace) -> Config:
@@ -97,16 +113,17 @@ def config_from_args(args: argparse.Namespace) -> Config:
 def config_to_args(config: Config) -> list[list[str]]:
     """The options that describe ``config``, one list a section: parsing them gives the same configuration back."""
     lines = []
+    implied = _implied(config)
     for name in sections():
         section = getattr(config, name)
         words: list[str] = []
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
-            if value is None or field.name in _implied(config):
+            if value is None or field.name in implied:
                 continue
             flag = field.metadata["flag"]
             if isinstance(value, bool):
-                words.append(flag if value else "--no-" + flag.removeprefix("--"))
+                words.append(flag if value else _negation(flag))
             else:
                 text = format_seq_schedule(value) if field.name == "phases" else str(value)
                 # argparse takes a word that begins with a dash for an option, unless it is joined to its own.
@@ -116,8 +133,9 @@ def config_to_args(config: Config) -> list[list[str]]:
 
 
 def _implied(config: Config) -> set[str]:
-    """Widths that the variant fixes, and that its command line therefore does not take."""
-    return {
+    """Fields that others fix, and that the command line therefore does not take: widths, by the variant, and such."""
+    batch = {"grad_accum"} if config.train.batch_tokens is not None else set()
+    return batch | {
         "decoupled": {"n_kv_heads"},
         "bottleneck": {"n_kv_heads", "sem_dim", "geo_dim"},
         "baseline": {"n_kv_heads", "sem_dim", "geo_dim", "attn_dim"},

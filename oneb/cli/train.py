@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from oneb.cli.guard import reports_mistakes
 from oneb.cli.options import OptionParser, add_config_options, config_from_args
+from oneb.cli.rehearse import RESULT
+from oneb.config import Config
 from oneb.errors import OnebError
+from oneb.files import write_json
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of a run; ``run_1b_launch.py`` takes the same and prints this command in full."""
     parser = OptionParser(prog="python -m oneb.train", usage="python -m oneb.train [options]", allow_abbrev=False,
                           description="Train. `run_1b_launch.py` plans first, and prints this command.")
+    # For oneb.cli.rehearse: the two halves of a rehearsal, and the folder that both know.
+    for flag in ("--rehearsal", "--rehearsal-check"):
+        parser.add_argument(flag, type=Path, help=argparse.SUPPRESS)
     add_config_options(parser)
     return parser
 
@@ -24,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code (0, 2 for a user's mistake, 128 + signal after a stop)."""
     args = build_parser().parse_args(argv)
+    rehearsal, rehearsal_check = vars(args).pop("rehearsal"), vars(args).pop("rehearsal_check")
     # Segments that grow in place keep long schedules from fragmenting memory. Read when torch first allocates.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     config = config_from_args(args)
@@ -34,16 +43,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         raise OnebError(f"{sys.executable} has no PyTorch; `bash quickstart.sh` sets everything up, or install the "
                         "build for your machine") from None
-    from oneb.train.trainer import train
-
     try:
+        if folder := rehearsal or rehearsal_check:
+            return _rehearse(config, folder, is_check=rehearsal is None)
+        from oneb.train.trainer import train
+
         return train(config)
     except KeyboardInterrupt:  # before the first step: there is nothing to save
         print("\nstopped before the first step", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError as error:
+    except torch.OutOfMemoryError as error:  # a step that runs out of memory is made smaller by the trainer
         raise OnebError(
-            f"the GPU ran out of memory ({str(error).splitlines()[0]}); what helps, in this order: a smaller "
-            f"--batch-size with more --grad-accum (now {config.train.batch_size} x {config.train.grad_accum}), "
-            "--grad-checkpoint, a shorter --seq-schedule, --optimizer lion, a smaller --size"
+            f"the GPU ran out of memory beside the steps ({str(error).splitlines()[0]}); what helps, in this order: to "
+            "end other programs that use it (see `nvidia-smi`), --optimizer lion8bit, a smaller --batch-size (now "
+            f"{config.train.batch_size or 'auto'}), a shorter --seq-schedule, a smaller --size"
         ) from error
+
+
+def _rehearse(config: Config, folder: Path, *, is_check: bool) -> int:
+    from oneb.train.rehearse import check, rehearse
+
+    if is_check:
+        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        found["reloaded_losses"] = check(config, folder, found)
+    else:
+        found = rehearse(config, folder)
+    write_json(folder / RESULT, found)
+    return 0

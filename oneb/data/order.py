@@ -65,7 +65,7 @@ class BatchOrder:
         n_train: training tokens; they are the first of the data.
         seed: any integer.
         phases: ``(start_step, seq_len)``, sorted, the first at step 0.
-        batch_sequences: B, sequences a step over all micro-batches and GPUs.
+        batch_sequences: B of each phase, sequences a step over all micro-batches and GPUs.
 
     Raises:
         OnebError: if the training tokens do not fill one chunk.
@@ -74,13 +74,14 @@ class BatchOrder:
     n_train: int
     seed: int
     phases: tuple[tuple[int, int], ...]
-    batch_sequences: int
+    batch_sequences: tuple[int, ...]
 
     def __post_init__(self) -> None:
         starts = [start for start, _ in self.phases]
         assert starts[:1] == [0], self.phases
         assert starts == sorted(set(starts)), self.phases
-        assert min(self.batch_sequences, *(seq_len for _, seq_len in self.phases)) > 0
+        assert len(self.batch_sequences) == len(self.phases)
+        assert min(*self.batch_sequences, *(seq_len for _, seq_len in self.phases)) > 0
         if self.n_chunks < 1:
             raise OnebError(f"the training part of the data has {self.n_train} tokens; wanted at least "
                             f"{self.chunk_len + 1}, one sequence of length {self.chunk_len}. "
@@ -105,15 +106,16 @@ class BatchOrder:
         phase = self._phase(step)
         start_step, seq_len = self.phases[phase]
         group, window = divmod(step - start_step, self.chunk_len // seq_len)
-        first = self._first_positions[phase] + group * self.batch_sequences
-        positions = first + np.arange(self.batch_sequences, dtype=np.int64)
+        sequences = self.batch_sequences[phase]
+        first = self._first_positions[phase] + group * sequences
+        positions = first + np.arange(sequences, dtype=np.int64)
         return self._chunk_offsets(positions) + window * seq_len
 
     def epoch(self, step: int) -> float:
         """Epochs of the data consumed before ``step``, so also the epochs of a run of ``step`` steps."""
         phase = self._phase(step)
         start_step, seq_len = self.phases[phase]
-        chunks = (step - start_step) * self.batch_sequences / (self.chunk_len // seq_len)
+        chunks = (step - start_step) * self.batch_sequences[phase] / (self.chunk_len // seq_len)
         return (self._first_positions[phase] + chunks) / self.n_chunks
 
     def _phase(self, step: int) -> int:
@@ -124,9 +126,11 @@ class BatchOrder:
     def _first_positions(self) -> tuple[int, ...]:
         """Chunk position, counted through all epochs, at which each phase starts: none opened before."""
         positions = [0]
-        for (start, seq_len), (next_start, _) in zip(self.phases, self.phases[1:], strict=False):
+        for (start, seq_len), (next_start, _), sequences in zip(
+            self.phases, self.phases[1:], self.batch_sequences, strict=False
+        ):
             groups = -(-(next_start - start) // (self.chunk_len // seq_len))
-            positions.append(positions[-1] + groups * self.batch_sequences)
+            positions.append(positions[-1] + groups * sequences)
         return tuple(positions)
 
     def _chunk_offsets(self, positions: np.ndarray) -> np.ndarray:

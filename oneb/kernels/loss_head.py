@@ -29,9 +29,8 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) 
         return _HeadLoss.apply(hidden, weight, targets, vocab_size)
     weight = weight.to(hidden.dtype)
     chunks = zip(hidden.split(HEAD_CHUNK_TOKENS), targets.split(HEAD_CHUNK_TOKENS), strict=True)
-    losses = [
-        F.cross_entropy(F.linear(h, weight)[:, :vocab_size].float(), t, reduction="sum") for h, t in chunks
-    ]
+    # The gradient is not wanted; but making it overwrites the logits, where a loss alone would widen a copy of them.
+    losses = [softmax_cross_entropy(F.linear(h, weight), t, vocab_size)[0] for h, t in chunks]
     return torch.stack(losses).sum() / len(targets)
 
 
@@ -56,12 +55,14 @@ class _HeadLoss(torch.autograd.Function):
             loss += chunk_loss
             torch.mm(dlogits, weight, out=dhidden[rows])
             product = dlogits.t() @ hidden[rows]
+            del dlogits  # or the next chunk's logits would be made beside it
             if len(hidden) <= HEAD_CHUNK_TOKENS:
                 dweight = product  # a single chunk needs no fp32 accumulator
             elif dweight is None:
                 dweight = product.float()
             else:
                 dweight += product
+            del product
         ctx.save_for_backward(dhidden, dweight)
         ctx.stored_dtype = stored_dtype
         return loss / len(hidden)

@@ -11,7 +11,8 @@ is the softmax over the real keys and the null key. The trap is the backward: th
 is dropped or refused by the fused kernels. It is not needed. FlashAttention's backward (Dao 2023, arXiv
 2307.08691, algorithm 2) rebuilds ``p = exp(score - lse)`` and ``dscore = p * (dout @ v - rowsum(dout * out))``
 from the ``out`` and ``lse`` that it is given; given the *full* ones, these are exactly the probabilities and score
-gradients of the real keys inside the full softmax. Only the null key's own terms remain, one row each.
+gradients of the real keys inside the full softmax. Only the null key's own terms remain, one row each:
+:mod:`oneb.kernels.null_terms`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
+from torch.autograd.function import once_differentiable
+
+from oneb.kernels.null_terms import null_terms, null_terms_backward
 
 aten = torch.ops.aten
 # What a fused forward keeps for its backward besides out and lse: its (unused, dropout-free) random state.
@@ -53,28 +57,20 @@ class _NullAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, null_k, null_v, backend):
         out, lse, state = _FORWARD[backend](q, k, v)
-        null_k, null_v = _per_query_head(null_k, q), _per_query_head(null_v, q)
-        score = _null_scores(q, null_k)
-        full_lse = torch.logaddexp(lse, score)
-        kept = (lse - full_lse).exp().unsqueeze(-1)
-        taken = (score - full_lse).exp().unsqueeze(-1)
-        full_out = (out.float() * kept + null_v.float()[:, None] * taken).to(out.dtype)
-        ctx.save_for_backward(q, k, v, null_k, null_v, full_out, full_lse, *state)
+        out, lse = null_terms(q, out, lse, null_k, null_v)
+        ctx.save_for_backward(q, k, v, null_k, null_v, out, lse, *state)
         ctx.backend = backend
-        return full_out
+        return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         q, k, v, null_k, null_v, out, lse, *state = ctx.saved_tensors
-        dq, dk, dv = _fused_backward(dout, q, k, v, out, lse, state, ctx.backend)
-        wide = dout.float()
-        p = (_null_scores(q, null_k) - lse).exp()  # (B, H, T): probability of the null key
-        dscore = p * (wide * (null_v.float()[:, None] - out.float())).sum(-1)
-        dq = dq + (dscore.unsqueeze(-1) * null_k.float()[:, None]).to(dq.dtype)
-        dnull_k = (dscore.unsqueeze(-1) * q.float()).sum((0, 2))
-        dnull_v = (p.unsqueeze(-1) * wide).sum((0, 2))
-        # Query heads that share a null key add up: (H, D) -> (Hkv, D).
-        dnull_k, dnull_v = (d.unflatten(0, (k.shape[1], -1)).sum(1) for d in (dnull_k, dnull_v))
+        if torch.compiler.is_compiling():
+            dq, dk, dv = _fused_backward(dout, q, k, v, out, lse, state, ctx.backend)
+        else:
+            dq, dk, dv = _BACKWARD[ctx.backend](dout, q, k, v, out, lse.contiguous(), state)
+        dq, dnull_k, dnull_v = null_terms_backward(dout, q, out, lse, null_k, null_v, dq)
         return dq, dk, dv, dnull_k.to(null_k.dtype), dnull_v.to(null_v.dtype), None
 
 
@@ -82,10 +78,11 @@ class _NullAttention(torch.autograd.Function):
 def _fused_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: list[Tensor], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) by the fused kernel, each laid out like its input.
+    """(dq, dk, dv) by the fused kernel, each laid out like its input: what ``torch.compile`` calls.
 
     An operator of its own because of ``lse``: the kernels take it for contiguous without looking, and the compiler,
-    which computes it, lays it out as it likes. Inside an operator ``contiguous`` is done, not assumed.
+    which computes it, lays it out as it likes. Inside an operator ``contiguous`` is done, not assumed. Uncompiled,
+    nobody has to know the layout beforehand, and a copy of the gradients is saved.
     """
     grads = _BACKWARD[backend](dout, q, k, v, out, lse.contiguous(), state)
     dq, dk, dv = (
@@ -98,16 +95,6 @@ def _fused_backward(
 @_fused_backward.register_fake
 def _(dout, q, k, v, out, lse, state, backend):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _per_query_head(null: Tensor, q: Tensor) -> Tensor:
-    """(Hkv, D) -> (H, D)."""
-    return null.repeat_interleave(q.shape[1] // null.shape[0], dim=0)
-
-
-def _null_scores(q: Tensor, null_k: Tensor) -> Tensor:
-    """Each query's score with its head's null key, fp32 (B, H, T)."""
-    return (q.float() * null_k.float()[:, None]).sum(-1)
 
 
 # The fused kernels of torch, each as forward (q, k, v) -> (out, lse (B, H, T), state) and

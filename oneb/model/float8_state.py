@@ -140,6 +140,10 @@ class Float8State(nn.Module):
         self._rescale(seen, self.history)
         self.amax.zero_()
 
+    def forget_step(self) -> None:
+        """Drop what the casts have met since the last :meth:`update`: the step under way begins anew."""
+        self.amax.zero_()
+
     @torch.no_grad()
     def refresh_weights(self) -> None:
         """The fp8 copies of the weights as they are now, each with the scale of its own largest magnitude."""

@@ -52,7 +52,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.grad_checkpoint = False
+        self.recomputed_layers = 0  # so many of the first blocks keep their input only, and run again backward
         self.fused = False
         # Its rows are also the output head. The last ones only pad the vocabulary to a multiple of 128.
         self.embedding = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_model))
@@ -71,7 +71,7 @@ class Transformer(nn.Module):
         rotary = self.rotary.slice(start, start + tokens.shape[1])
         x = F.embedding(tokens, self.embedding).to(self.compute_dtype)
         for index, block in enumerate(self.blocks):
-            if self.grad_checkpoint and torch.is_grad_enabled():
+            if index < self.recomputed_layers and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, rotary, cache.layers[index] if cache else None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from oneb.optim.clip import clip_scale, grad_norm
 from oneb.optim.loss_scale import LossScaler
-from oneb.optim.optimizer import AdamW, Lion, Optimizer, applies_decay, build_optimizer
+from oneb.optim.optimizer import AdamW, AdamW8bit, Lion, Lion8bit, Optimizer, applies_decay, build_optimizer
 
 __all__ = [
-    "AdamW", "Lion", "LossScaler", "Optimizer", "applies_decay", "build_optimizer", "clip_scale", "grad_norm",
+    "AdamW", "AdamW8bit", "Lion", "Lion8bit", "LossScaler", "Optimizer", "applies_decay", "build_optimizer",
+    "clip_scale", "grad_norm",
 ]

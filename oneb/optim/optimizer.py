@@ -1,8 +1,8 @@
-"""Lion and AdamW over named parameters: fp32 state, stochastic rounding, no host synchronisation."""
+"""Lion and AdamW over named parameters: fp32 or 8-bit state, stochastic rounding, no host synchronisation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from oneb.errors import OnebError
-from oneb.kernels import optimizer_step
+from oneb.kernels import optimizer_step, optimizer_step8
 from oneb.kernels.runtime import triton_available
 
 PARAM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MIN_8BIT_ELEMENTS = 4096  # of a matrix; below, fp32 state costs nothing
 
 
 def applies_decay(param: nn.Parameter) -> bool:
@@ -26,6 +27,14 @@ def applies_decay(param: nn.Parameter) -> bool:
     return param.ndim >= 2 and not getattr(param, "no_weight_decay", False)
 
 
+def has_8bit_state(param: nn.Parameter) -> bool:
+    """Whether an 8-bit optimizer keeps this parameter's moments in 8 bits: those of matrices that are not tiny.
+
+    Norms, temperatures and the like are few, and sensitive: each element acts on a whole channel or head.
+    """
+    return applies_decay(param) and param.numel() >= MIN_8BIT_ELEMENTS
+
+
 @dataclass(frozen=True)
 class _Entry:
     """One trained parameter and what the optimizer keeps for it."""
@@ -34,7 +43,7 @@ class _Entry:
     index: int  # place in the model; part of its rounding noise's key
     param: nn.Parameter
     weight_decay: float
-    state: dict[str, Tensor]  # fp32, shaped like the parameter
+    state: dict[str, Tensor]  # a moment: fp32 or, with "<moment>_scale" beside it, codes; shaped like the parameter
 
 
 class Optimizer:
@@ -43,7 +52,7 @@ class Optimizer:
     Build one with ``build_optimizer``. Weights change in place; ``step`` never waits for the device.
 
     Attributes:
-        kind: "lion" or "adamw".
+        kind: "lion", "adamw", "lion8bit" or "adamw8bit".
         fused: one Triton kernel a parameter (True) or the plain-torch twin; the same bits either way.
             False whatever was asked for when a parameter is off CUDA or Triton is missing.
         n_updates: calls of ``step`` that this state has seen, skipped ones included.
@@ -51,6 +60,10 @@ class Optimizer:
 
     kind: ClassVar[str]
     state_names: ClassVar[tuple[str, ...]]
+    updates: ClassVar[tuple[Callable[..., None], Callable[..., None]]]  # of one parameter: twin, kernel
+    # Of an 8-bit optimizer: the codes of each moment, and what updates them.
+    code_dtypes: ClassVar[dict[str, torch.dtype]] = {}
+    updates_8bit: ClassVar[tuple[Callable[..., None], ...]] = ()
 
     def __init__(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]], *,
@@ -64,12 +77,22 @@ class Optimizer:
             _Entry(
                 name, index, param,
                 weight_decay=weight_decay if applies_decay(param) else 0.0,
-                state={key: torch.zeros_like(param, dtype=torch.float32) for key in self.state_names},
+                state=self._new_state(param),
             )
             for index, (name, param) in enumerate(_trained(named_parameters))
         ]
         on_cuda = all(entry.param.is_cuda for entry in self._entries)
         self.fused = fused and on_cuda and triton_available()
+
+    def _new_state(self, param: nn.Parameter) -> dict[str, Tensor]:
+        if not self.code_dtypes or not has_8bit_state(param):
+            return {name: torch.zeros_like(param, dtype=torch.float32) for name in self.state_names}
+        n_blocks = optimizer_step8.n_state_blocks(param.numel())
+        state = {}
+        for name in self.state_names:
+            state[name] = torch.zeros_like(param, dtype=self.code_dtypes[name])
+            state[f"{name}_scale"] = torch.zeros(n_blocks, device=param.device)
+        return state
 
     @property
     def params(self) -> list[nn.Parameter]:
@@ -100,8 +123,13 @@ class Optimizer:
             key = optimizer_step.rounding_key(self.seed, step, entry.index)
             self._step_one(entry, grad.contiguous(), grad_scale, lr=float(lr), key=key)
 
-    def _step_one(self, entry: _Entry, grad: Tensor, grad_scale: Tensor, *, lr: float, key: int) -> None:
-        raise NotImplementedError
+    def _step_one(self, entry: _Entry, grad: Tensor, grad_scale: Tensor, **settings: Any) -> None:
+        coded = len(entry.state) > len(self.state_names)
+        update = (self.updates_8bit if coded else self.updates)[self.fused]
+        update(
+            entry.param, grad, *entry.state.values(), grad_scale,
+            betas=self.betas, weight_decay=entry.weight_decay, **settings,
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, or fill them with zeros when their memory must stay in place."""
@@ -112,7 +140,7 @@ class Optimizer:
                 param.grad.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"kind": str, "n_updates": int, "state": {parameter name: {state name: fp32 tensor}}}``.
+        """``{"kind": str, "n_updates": int, "state": {parameter name: {state name: tensor}}}``.
 
         The tensors are the live ones, not copies: save them, or clone them, before the next step.
         Hyperparameters are the configuration's business and are not in here.
@@ -169,13 +197,7 @@ class Lion(Optimizer):
 
     kind = "lion"
     state_names = ("exp_avg",)
-
-    def _step_one(self, entry: _Entry, grad: Tensor, grad_scale: Tensor, *, lr: float, key: int) -> None:
-        update = optimizer_step.lion_step_fused if self.fused else optimizer_step.lion_step_plain
-        update(
-            entry.param, grad, entry.state["exp_avg"], grad_scale,
-            lr=lr, betas=self.betas, weight_decay=entry.weight_decay, key=key,
-        )
+    updates = (optimizer_step.lion_step_plain, optimizer_step.lion_step_fused)
 
 
 class AdamW(Optimizer):
@@ -183,6 +205,7 @@ class AdamW(Optimizer):
 
     kind = "adamw"
     state_names = ("exp_avg", "exp_avg_sq")
+    updates = (optimizer_step.adamw_step_plain, optimizer_step.adamw_step_fused)
 
     def __init__(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]], *,
@@ -193,13 +216,24 @@ class AdamW(Optimizer):
             raise OnebError(f"AdamW eps {eps}: wanted a positive number; the usual one is 1e-8")
         self.eps = eps
 
-    def _step_one(self, entry: _Entry, grad: Tensor, grad_scale: Tensor, *, lr: float, key: int) -> None:
-        update = optimizer_step.adamw_step_fused if self.fused else optimizer_step.adamw_step_plain
-        update(
-            entry.param, grad, entry.state["exp_avg"], entry.state["exp_avg_sq"], grad_scale,
-            lr=lr, betas=self.betas, eps=self.eps, weight_decay=entry.weight_decay,
-            n_updates=self.n_updates, key=key,
-        )
+    def _step_one(self, entry: _Entry, grad: Tensor, grad_scale: Tensor, **settings: Any) -> None:
+        super()._step_one(entry, grad, grad_scale, eps=self.eps, n_updates=self.n_updates, **settings)
+
+
+class Lion8bit(Lion):
+    """Lion with its momentum in 8 bits where ``has_8bit_state``: :mod:`oneb.kernels.optimizer_step8`."""
+
+    kind = "lion8bit"
+    code_dtypes = {"exp_avg": torch.int8}
+    updates_8bit = (optimizer_step8.lion8bit_step_plain, optimizer_step8.lion8bit_step_fused)
+
+
+class AdamW8bit(AdamW):
+    """AdamW with both moments in 8 bits where ``has_8bit_state``: :mod:`oneb.kernels.optimizer_step8`."""
+
+    kind = "adamw8bit"
+    code_dtypes = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
+    updates_8bit = (optimizer_step8.adamw8bit_step_plain, optimizer_step8.adamw8bit_step_fused)
 
 
 def build_optimizer(
@@ -212,22 +246,21 @@ def build_optimizer(
     Args:
         named_parameters: ``model.named_parameters()`` of the model before torch.compile or DDP wrap it,
             as the names key the checkpoint. Contiguous bf16, fp16 or fp32; frozen ones are left out.
-        kind: "lion" or "adamw".
+        kind: "lion", "adamw", "lion8bit" or "adamw8bit".
         betas: Lion: of the update and of the momentum, in the paper (0.9, 0.99). AdamW: of the two moments.
         eps: AdamW's; Lion has none.
         weight_decay: decoupled; acts where ``applies_decay`` says.
-        seed: the run's; 16-bit weights take their rounding noise from it.
+        seed: the run's; 16-bit weights and 8-bit moments take their rounding noise from it.
         fused: use the Triton kernels if the parameters are on CUDA and Triton is there.
 
     Raises:
         OnebError: for an unknown kind, or a setting or a parameter that cannot work.
     """
-    shared = {"betas": betas, "weight_decay": weight_decay, "seed": seed, "fused": fused}
-    if kind == "lion":
-        return Lion(named_parameters, **shared)
-    if kind == "adamw":
-        return AdamW(named_parameters, eps=eps, **shared)
-    raise OnebError(f"optimizer {kind!r}: wanted lion or adamw; pass --optimizer lion")
+    kinds = {cls.kind: cls for cls in (Lion, AdamW, Lion8bit, AdamW8bit)}
+    if kind not in kinds:
+        raise OnebError(f"optimizer {kind!r}: wanted {', '.join(kinds)}; pass --optimizer lion")
+    given = {"eps": eps} if issubclass(kinds[kind], AdamW) else {}
+    return kinds[kind](named_parameters, betas=betas, weight_decay=weight_decay, seed=seed, fused=fused, **given)
 
 
 def _trained(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:

@@ -43,6 +43,7 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
             "bytes": temporary.stat().st_size,
             "best_val_loss": best if math.isfinite(best) else None,  # JSON has no infinity
             "model": contents["config"]["model"],
+            "optimizer": contents["config"]["optim"]["optimizer"],
         })
         _publish(path)
     finally:

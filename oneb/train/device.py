@@ -8,6 +8,8 @@ import torch
 
 from oneb.errors import OnebError
 from oneb.gpus import Gpu, find_gpu
+from oneb.memory import CONTEXT_BYTES
+from oneb.units import GIB
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,6 @@ class Device:
         gpu: the card's figures, or None where they are not known.
         has_bf16: native bf16 arithmetic.
         has_fp8: fp8 matrix products; on the CPU, where they are only imitated, if it was asked for by name.
-        free_bytes: memory that is free now; None where it is the host's.
     """
 
     torch: torch.device
@@ -28,12 +29,29 @@ class Device:
     gpu: Gpu | None
     has_bf16: bool
     has_fp8: bool
-    free_bytes: int | None
 
     @property
     def is_cuda(self) -> bool:
         """Whether this is a CUDA GPU."""
         return self.torch.type == "cuda"
+
+    def limit_memory(self, limit_gib: float | None) -> int | None:
+        """Keep this process within ``limit_gib`` GiB, what it holds outside of torch's allocator included.
+
+        Returns:
+            All the bytes that it may take, so counted: no more than it has and what is free; None off CUDA.
+        """
+        if not self.is_cuda:
+            return None
+        free, total = torch.cuda.mem_get_info(self.torch)
+        # What is taken already is this process's context, if it is no more than one can be; the rest is others'.
+        context = min(total - free - torch.cuda.memory_reserved(self.torch), CONTEXT_BYTES)
+        budget = free + context
+        if limit_gib is not None:
+            budget = min(budget, int(limit_gib * GIB))
+            allocator = max(0, budget - CONTEXT_BYTES)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, allocator / total), self.torch)
+        return budget
 
     def synchronize(self) -> None:
         """Wait until everything asked of the device is done."""
@@ -61,13 +79,12 @@ def open_device(name: str) -> Device:
         raise OnebError(f"--device {name} was asked for, and this PyTorch ({torch.__version__}) sees none; "
                         "use --device auto, or check `nvidia-smi` and that PyTorch is a CUDA build")
     if name != "cuda":
-        return Device(torch.device(name), name, None, True, has_fp8, None)
+        return Device(torch.device(name), name, None, True, has_fp8)
     device = torch.device("cuda", torch.cuda.current_device())
     card = torch.cuda.get_device_name(device)
     # is_bf16_supported() says yes to slow emulation as well; the capability does not.
     capability = torch.cuda.get_device_capability(device)
-    return Device(device, card, find_gpu(card), capability[0] >= 8, capability >= (8, 9),
-                  torch.cuda.mem_get_info(device)[0])
+    return Device(device, card, find_gpu(card), capability[0] >= 8, capability >= (8, 9))
 
 
 def check_precision(device: Device, precision: str | None) -> None:

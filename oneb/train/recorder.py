@@ -65,7 +65,7 @@ def open_recorder(config: Config, directory: RunDirectory) -> Iterator[Recorder]
 
         display = opened(make_display(
             config.log.live, steps=train.steps, start_step=resume_step or 0, name=directory.path.name,
-            stream=sys.stdout, total_tokens=tokens_before(train.phases, train.steps, train.batch_sequences),
+            stream=sys.stdout, total_tokens=tokens_before(train.phases, train.steps, train.sequences),
         ))
         sinks: list[Sink] = [opened(JsonlSink(directory.path / "train.jsonl", resume_step)), display]
         recorder = Recorder(directory.path, display, sinks)

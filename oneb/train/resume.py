@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oneb.config import TrainConfig, compute_dtype
+from oneb.config import Config, TrainConfig, compute_dtype
 from oneb.errors import OnebError
 from oneb.train.checkpoint import load_checkpoint, load_weights, set_rng_state
 from oneb.train.rundir import BEST, RunDirectory, read_sidecar
@@ -18,7 +19,9 @@ from oneb.train.setup import Parts
 _HARMLESS = {
     "run", "log", "data.path", "train.device", "train.eval_every", "train.eval_iters", "train.fused_blocks",
     "train.compile", "train.compile_mode", "train.grad_checkpoint", "train.deterministic", "optim.fused",
-    "model.max_seq_len", "train.amp", "train.amp_dtype",
+    "model.max_seq_len", "train.amp", "train.amp_dtype", "train.vram_limit_gib",
+    # How a step is divided is free; its size is compared by itself.
+    "train.batch_size", "train.grad_accum", "train.batch_tokens",
 }
 
 
@@ -33,6 +36,15 @@ class StartingPoint:
 
     step: int = 0
     best_val_loss: float = math.inf
+
+
+def continued(config: Config, directory: RunDirectory) -> Config:
+    """``config`` with what it leaves open and the run that it continues has decided: the optimizer."""
+    if directory.resume_from is None or config.optim.optimizer != "auto":
+        return config
+    # Sidecars that do not say are of a time when "lion" was the default.
+    saved = read_sidecar(directory.resume_from).get("optimizer", "lion")
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, optimizer=saved))
 
 
 def restore(parts: Parts, directory: RunDirectory) -> StartingPoint:
@@ -84,7 +96,14 @@ def _changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if "precision" not in saved["train"]:  # saved before there was the option: all products were in one dtype
         precision = compute_dtype(TrainConfig(**saved["train"]))
         saved = {**saved, "train": {**saved["train"], "precision": precision}}
-    return [
+    before, after = TrainConfig(**saved["train"]), TrainConfig(**now["train"])
+    batches = [
+        f"a step at {seq_len} tokens has {after.sequences(seq_len)} sequences, the run that is continued had "
+        f"{before.sequences(seq_len)}"
+        for seq_len in dict.fromkeys(seq_len for _, seq_len in after.phases)
+        if before.sequences(seq_len) != after.sequences(seq_len)
+    ]
+    return batches + [
         f"{section}.{name} is {value}, the run that is continued had {saved[section].get(name)}"
         for section, values in now.items() if section not in _HARMLESS
         for name, value in values.items()

@@ -25,7 +25,7 @@ from oneb.train import checkpoint
 from oneb.train.clock import StepClock, process_age_s
 from oneb.train.compiles import compilations
 from oneb.train.recorder import Recorder, open_recorder
-from oneb.train.resume import StartingPoint, restore
+from oneb.train.resume import StartingPoint, continued, restore
 from oneb.train.rundir import BEST, LAST, RunDirectory, claimed, run_directory
 from oneb.train.setup import Parts, build, describe
 from oneb.train.signals import StopRequest
@@ -45,7 +45,7 @@ def train(config: Config) -> int:
     if chosen.skip:
         return 0
     # Nothing is written before it is known that the run can start.
-    parts = build(config, print)
+    parts = build(continued(config, chosen), print)
     start = restore(parts, chosen)
     if start.step >= config.train.steps:
         print(f"nothing to do: {chosen.resume_from} has done {start.step} of {config.train.steps} steps")
@@ -75,6 +75,7 @@ class Trainer:
     ) -> None:
         self.parts = parts
         self.config = parts.config
+        self.fit = parts.fit  # and less than that, once the GPU has run out of memory
         self.directory = directory
         self.recorder = recorder
         self.stop = stop
@@ -90,7 +91,7 @@ class Trainer:
     @property
     def tokens(self) -> int:
         """Tokens trained on so far."""
-        return tokens_before(self.config.train.phases, self.step, self.config.train.batch_sequences)
+        return tokens_before(self.config.train.phases, self.step, self.config.train.sequences)
 
     def describe(self) -> None:
         """Write down what this run is, before its first step."""
@@ -134,24 +135,13 @@ class Trainer:
         Returns:
             The whole batch's mean loss and its gradient norm (0-dim device tensors), and the learning rate.
         """
-        train, optim = self.config.train, self.config.optim
-        model, optimizer, scaler = self.parts.model, self.parts.optimizer, self.parts.scaler
-        float8 = self.parts.float8
-        tokens = batch.tokens.to(model.device, non_blocking=True)
-        if float8 and not float8.calibrated:
-            self._calibrate(tokens)
-        total = torch.zeros((), device=model.device)
-        for micro_batch in tokens.split(train.batch_size):
-            loss = model.loss(micro_batch) / train.grad_accum
-            scaler.scale_loss(loss).backward()
-            total += loss.detach()
-        norm = grad_norm(optimizer.params, scaler.inv_scale)
-        if float8:
-            norm = norm + float8.fault()
+        optim, steps = self.config.optim, self.config.train.steps
+        optimizer, scaler, float8 = self.parts.optimizer, self.parts.scaler, self.parts.float8
+        total, norm = self._gradients_within_memory(batch)
         if self._analysis_due(self.step + 1):
             self.analyse()
         lr = lr_at(self.step, schedule=optim.lr_schedule, peak_lr=optim.lr, min_lr=optim.min_lr,
-                   warmup_steps=optim.warmup_steps, steps=train.steps)
+                   warmup_steps=optim.warmup_steps, steps=steps)
         # A norm that is not finite makes this scale NaN, and the optimizer leaves weights and state alone.
         optimizer.step(lr, self.step, clip_scale(norm, optim.grad_clip, scaler.inv_scale))
         scaler.update(norm)
@@ -160,11 +150,57 @@ class Trainer:
         optimizer.zero_grad()
         return total, norm, lr
 
+    def _gradients_within_memory(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """:meth:`_gradients`, again in smaller micro-batches for as long as the GPU runs out of memory.
+
+        Weights, optimizer state and data are untouched until gradients are whole, so nothing is lost but time.
+
+        Raises:
+            OnebError: they cannot be made smaller.
+        """
+        while True:
+            try:
+                return self._gradients(batch)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+            # Out of the handler, whose traceback holds the failed pass's activations.
+            self._make_smaller(batch.seq_len, reason)
+
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Forward and backward of a step's micro-batches: mean loss, and the norm of the gradients they leave."""
+        model, scaler, float8 = self.parts.model, self.parts.scaler, self.parts.float8
+        fitted = self.fit.at(batch.seq_len)
+        model.recomputed_layers = fitted.recomputed_layers
+        tokens = batch.tokens.to(model.device, non_blocking=True)
+        if float8 and not float8.calibrated:
+            self._calibrate(tokens)
+        total = torch.zeros((), device=model.device)
+        for micro_batch in tokens.split(fitted.batch_size):
+            loss = model.loss(micro_batch) / fitted.grad_accum
+            scaler.scale_loss(loss).backward()
+            total += loss.detach()
+            del loss  # its graph holds what the backward pass did not free, until the next one's is built
+        norm = grad_norm(self.parts.optimizer.params, scaler.inv_scale)
+        return total, norm + float8.fault() if float8 else norm
+
+    def _make_smaller(self, seq_len: int, reason: str) -> None:
+        """After running out of memory: give back what the failed pass took, and plan with less."""
+        self.parts.optimizer.zero_grad()
+        if self.parts.float8:
+            self.parts.float8.forget_step()
+        before = self.fit.at(seq_len)
+        self.fit = self.fit.smaller(seq_len)
+        torch.cuda.empty_cache()
+        after = self.fit.at(seq_len)
+        self.event("out_of_memory", f"{reason} The step is done again: {after.described()} instead of "
+                   f"{before.described()}", batch_size=after.batch_size, grad_accum=after.grad_accum,
+                   recomputed_layers=after.recomputed_layers)
+
     def _calibrate(self, tokens: Tensor) -> None:
         """Before the first fp8 step: the sizes of activations and gradients, from one sequence in 16 bit."""
         parts = self.parts
         with parts.float8.calibrating():
-            loss = parts.model.loss(tokens[:1]) / self.config.train.batch_sequences
+            loss = parts.model.loss(tokens[:1]) / len(tokens)
             parts.scaler.scale_loss(loss).backward()
         parts.optimizer.zero_grad()
 
@@ -229,7 +265,7 @@ class Trainer:
         if (read := self.clock.read()) is None:
             return dict.fromkeys(("tok_s", "mfu", "step_ms", "data_ms"))
         step_s, waited_s = read
-        tok_s = seq_len * self.config.train.batch_sequences / step_s
+        tok_s = seq_len * self.config.train.sequences(seq_len) / step_s
         return {"tok_s": tok_s, "mfu": mfu(self.config, tok_s, seq_len, self.parts.device.gpu),
                 "step_ms": step_s * 1e3, "data_ms": waited_s * 1e3}
 
@@ -239,7 +275,8 @@ class Trainer:
             began = time.perf_counter()
             seq_len = seq_len_at(self.config.train.phases, max(0, self.step - 1))
             self.recorder.status("evaluating")
-            loss, n_tokens = self.parts.validation.loss(self.parts.model, seq_len)
+            max_rows = self.fit.at(seq_len).batch_size
+            loss, n_tokens = self.parts.validation.loss(self.parts.model, seq_len, max_rows)
             self.evaluated_at = self.step
             best = loss < self.best_val_loss
             self.best_val_loss = min(loss, self.best_val_loss) if math.isfinite(loss) else self.best_val_loss

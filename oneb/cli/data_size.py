@@ -1,0 +1,52 @@
+"""How many tokens ``--data`` holds, from headers and file sizes alone: no numpy, nothing read through."""
+
+from __future__ import annotations
+
+import ast
+import glob
+from pathlib import Path
+
+from oneb.config import DEMO_DATA
+
+_NPY_MAGIC = b"\x93NUMPY"
+_BIN_HEADER_BYTES = 1024
+
+
+def count_tokens(path: str, data_format: str) -> int | None:
+    """Tokens of a file, a folder or a glob; None where that cannot be told from outside. Checks nothing."""
+    if path == DEMO_DATA:
+        return None
+    target = Path(path).expanduser()
+    if target.is_dir():
+        suffix = {"raw": ".bin", "auto": ".npy"}.get(data_format, f".{data_format}")
+        files = sorted(target.glob(f"*{suffix}"))
+    elif target.is_file():
+        files = [target]
+    else:
+        files = [Path(name) for name in glob.glob(str(target), recursive=True) if not name.endswith(".meta")]
+    counts = [_tokens_of(file, data_format) for file in files if file.is_file()]
+    return sum(counts) if counts and None not in counts else None
+
+
+def _tokens_of(file: Path, data_format: str) -> int | None:
+    kind = file.suffix.removeprefix(".") if data_format == "auto" else data_format
+    size = file.stat().st_size
+    if kind == "raw":
+        return size // 2
+    if kind == "bin":
+        return max(0, size - _BIN_HEADER_BYTES) // 2
+    return _npy_length(file) if kind == "npy" else None
+
+
+def _npy_length(file: Path) -> int | None:
+    """The first dimension in a ``.npy`` header (format 1 or 2, numpy.lib.format); None if it is not one."""
+    with open(file, "rb") as opened:
+        start = opened.read(8)
+        if start[:6] != _NPY_MAGIC or len(start) < 8:
+            return None
+        length = int.from_bytes(opened.read(2 if start[6] == 1 else 4), "little")
+        try:
+            (tokens,) = ast.literal_eval(opened.read(min(length, 2**16)).decode("latin-1"))["shape"]
+        except (SyntaxError, ValueError, KeyError, TypeError):
+            return None  # the training process says what is wrong with it
+    return tokens
