@@ -108,7 +108,7 @@ def steps(config: Config) -> dict[str, Any]:
     order, train = parts.order, parts.config.train
     (seq_len,) = {length for _, length in train.phases}
     display = make_display("off", steps=STEPS, start_step=0, name="", stream=sys.stdout, total_tokens=None)
-    marks = []
+    marks, losses = [], []
     with StopRequest() as stop, sdpa_kernel(SDP_BACKENDS[parts.backend]):
         recorder = Recorder(Path("unused"), display, [])
         trainer = Trainer(parts, RunDirectory(Path("unused"), is_new=True), recorder, stop, StartingPoint())
@@ -116,7 +116,7 @@ def steps(config: Config) -> dict[str, Any]:
             rows = gather(parts.tokens, order.offsets(step), seq_len, config.model.vocab_size, pin_memory=True)
             marks.append(torch.cuda.Event(enable_timing=True))
             marks[-1].record()
-            trainer.train_step(Batch(step, rows, seq_len))
+            losses.append(trainer.train_step(Batch(step, rows, seq_len))[0])
             trainer.step += 1
         marks.append(torch.cuda.Event(enable_timing=True))
         marks[-1].record()
@@ -129,6 +129,8 @@ def steps(config: Config) -> dict[str, Any]:
         "allocator_gib": torch.cuda.max_memory_reserved() / 2**30,
         "process_gib": (torch.cuda.max_memory_reserved() + outside) / 2**30,
         "tok_s": train.sequences(seq_len) * seq_len / fastest_ms * 1e3, "gpu": parts.device.name,
+        "losses": [loss.item() for loss in losses], "chosen": trainer.fit.at(seq_len).described(),
+        "optimizer": trainer.fit.optimizer, "fits": trainer.fit.fits,
     }
 
 

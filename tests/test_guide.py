@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from oneb.cli import bench, launch, prepare, report, sample
+from oneb.cli.options import config_from_args
 from oneb.config import VARIANTS
 from oneb.planner import make_plan
 from oneb.presets import resolve
@@ -91,7 +92,7 @@ def test_the_guide_covers_every_command_of_the_contract():
 
 
 def plan_of(*words: str):
-    return make_plan(launch.config_from_args(launch.build_parser().parse_args(words)))
+    return make_plan(config_from_args(launch.build_parser().parse_args(words)))
 
 
 def test_the_variants_table_is_what_the_planner_counts():

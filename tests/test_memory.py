@@ -39,23 +39,18 @@ def tensors(parts: dict[str, int]) -> int:
 # ---- against the H200
 
 
-def rows_of_results():
-    """Every point that `oneb bench` has measured."""
-    return [
-        pytest.param(row, id=f"{path.stem}-{row['variant']}-{row['precision']}-{row['batch_size']}x{row['seq_len']}")
-        for kind in ("step", "growth") for path in sorted(RESULTS.glob(f"{kind}_*h200.json"))
-        for row in json.loads(path.read_text())["rows"] if not row["error"]
-    ]
-
-
-@pytest.mark.parametrize("row", rows_of_results())
-def test_peaks_measured_on_an_h200(row):
-    config = settled(
-        variant=row["variant"], train_seq_len=row["seq_len"], max_seq_len=max(2048, row["seq_len"]),
-        batch_size=row["batch_size"], grad_accum=row["grad_accum"], precision=row["precision"],
-        null_attn=row["null_attn"], fused_blocks=row["train"]["fused_blocks"])
-    parts = memory.step_memory(config, row["seq_len"], row["batch_size"], 0, optimizer=row["optimizer"])
-    assert tensors(parts) / 2**30 == pytest.approx(row["memory_gib"], rel=0.02)
+def test_peaks_measured_on_an_h200():
+    """Of tensors nearly exactly; of whole processes within 5%, and never less than was measured."""
+    rows = json.loads((RESULTS / "memory_h200.json").read_text())["rows"]
+    assert len(rows) > 135
+    for row in rows:
+        config = settled(
+            variant=row["variant"], train_seq_len=row["seq_len"], max_seq_len=max(2048, row["seq_len"]),
+            batch_size=row["batch_size"], grad_accum=2, precision=row["precision"], grad_checkpoint=row["layers"])
+        layers = config.train.recomputed_layers(config.model.n_layers)
+        parts = memory.step_memory(config, row["seq_len"], row["batch_size"], layers, optimizer=row["optimizer"])
+        assert tensors(parts) / 2**30 == pytest.approx(row["tensors_gib"], rel=0.002), row
+        assert 1.0 <= sum(parts.values()) / 2**30 / row["process_gib"] < 1.05, row
 
 
 def test_peaks_of_compiled_blocks_measured_on_an_h200():
@@ -66,7 +61,9 @@ def test_peaks_of_compiled_blocks_measured_on_an_h200():
         config = settled(variant=result["variant"], train_seq_len=2048, batch_size=8, grad_accum=4, fused_blocks=False)
         assert config.train.compile
         parts = memory.step_memory(config, 2048, 8, 0, optimizer="lion")
-        assert tensors(parts) / 2**30 == pytest.approx(result["memory_gib"], rel=0.04), result["variant"]
+        second_chunk = 8192 * 50304 * 2  # of logits: there beside the first one, when this was measured
+        found = (tensors(parts) + second_chunk) / 2**30
+        assert found == pytest.approx(result["memory_gib"], rel=0.04), result["variant"]
 
 
 # ---- against the tensors that live on the CPU
@@ -156,6 +153,7 @@ def live_peak(
         for batch in batches:
             loss = model.loss(batch) / micro_batches
             loss.backward()
+            del loss  # as the trainer does
         assert all(p.grad is not None for p in model.parameters())
     return live.peak
 

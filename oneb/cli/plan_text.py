@@ -126,7 +126,7 @@ def money_lines(plan: Plan) -> list[str]:
     """Time and money of the whole plan; nothing where its speed is not known."""
     if plan.seconds is None:
         return []
-    text = f"time≈{format_duration(plan.seconds)}"
+    text = f"time≈{format_duration(plan.seconds)} ({plan.speed_source} speed)"
     if plan.dollars is not None:
         text += f" | cost≈{format_dollars(plan.dollars)} at {price_text(plan.price, plan.price_source)}"
     text += f"; {ASIDE_SHARE:.0%} of it for start, evaluations and saves"

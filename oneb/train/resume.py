@@ -42,8 +42,7 @@ def continued(config: Config, directory: RunDirectory) -> Config:
     """``config`` with what it leaves open and the run that it continues has decided: the optimizer."""
     if directory.resume_from is None or config.optim.optimizer != "auto":
         return config
-    # Sidecars that do not say are of a time when "lion" was the default.
-    saved = read_sidecar(directory.resume_from).get("optimizer", "lion")
+    saved = read_sidecar(directory.resume_from)["optimizer"]
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, optimizer=saved))
 
 

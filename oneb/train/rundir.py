@@ -133,7 +133,7 @@ def sidecar_path(checkpoint: Path) -> Path:
 
 
 def read_sidecar(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's sidecar: step, tokens, best_val_loss, sha256, bytes, model.
+    """A checkpoint's sidecar: step, tokens, best_val_loss, sha256, bytes, model, optimizer.
 
     Raises:
         OnebError: the checkpoint or its sidecar is not there, or is not what its name says.
@@ -144,7 +144,8 @@ def read_sidecar(checkpoint: Path) -> dict[str, Any]:
     sidecar = sidecar_path(checkpoint)
     try:
         values = json.loads(sidecar.read_text(encoding="utf-8"))
-        return {key: values[key] for key in ("step", "tokens", "best_val_loss", "sha256", "bytes", "model")}
+        found = {key: values[key] for key in ("step", "tokens", "best_val_loss", "sha256", "bytes", "model")}
+        return found | {"optimizer": values.get("optimizer", "lion")}  # those that do not say are of lion's time
     except FileNotFoundError:
         raise OnebError(f"{checkpoint} has no {sidecar.name} beside it: its save was cut short, or the file was copied "
                         "alone; copy both files, or use an older checkpoint of the run") from None

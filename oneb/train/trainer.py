@@ -96,7 +96,8 @@ class Trainer:
     def describe(self) -> None:
         """Write down what this run is, before its first step."""
         write_json(self.directory.path / "config.json", self.config.to_dict())
-        write_json(self.directory.path / "plan.json", make_plan(self.config).to_dict())
+        plan = make_plan(self.config, gpu=self.parts.device.gpu, fit=self.fit)
+        write_json(self.directory.path / "plan.json", plan.to_dict())
         self.recorder.log({"type": "meta", "time": time.time(), **describe(self.parts, self.step)})
         for note in self.parts.notes:
             self.recorder.warn(self.step, note)
