@@ -5,7 +5,8 @@
 
 Lines keep every option of theirs but the data and the length: ``--steps 20``, or as many tokens where the line asks
 for tokens. A line that resumes gets a run of 10 steps to continue. Lines whose schedule grows are run once more with
-the growth moved into the 20 steps (marked "compressed").
+the growth moved into the 20 steps (marked "compressed"). Lines that only plan or rehearse are left out, and nothing is
+rehearsed.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ def lines_of(guide: Path) -> list[list[str]]:
     text = re.sub(r"\\+\n", " ", guide.read_text(encoding="utf-8"))
     found = re.findall(r"^[ !]*python\w* run_1b_launch\.py (.*)$", text, flags=re.MULTILINE)
     lines = [shlex.split(line, comments=True) for line in found]
-    return [list(words) for words in dict.fromkeys(tuple(w for w in line if w != "--run") for line in lines)]
+    runs = [line for line in lines if not {"--gpu", "--rehearse", "--budget"} & {*line}]
+    return [list(words) for words in dict.fromkeys(tuple(w for w in line if w != "--run") for line in runs)]
 
 
 def shortened(words: list[str], data: str, root: Path) -> list[str]:
     """The line for 20 steps on other data, writing below ``root``."""
-    words = list(words)
+    words = list(words) if "--data" in words else [*words, "--data", ""]
     words[words.index("--data") + 1] = data
     if "--ckpt" in words:
         at = words.index("--ckpt") + 1
@@ -50,7 +52,7 @@ def shortened(words: list[str], data: str, root: Path) -> list[str]:
         words += ["--steps", str(STEPS)]
     if "--wandb" in words:
         words += ["--wandb-mode", "offline"]
-    return [*words, "--run-root", str(root), "--log-every", "5"]
+    return [*words, "--run-root", str(root), "--log-every", "5", "--no-rehearse"]
 
 
 def compressed(words: list[str]) -> list[str] | None:

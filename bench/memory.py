@@ -17,6 +17,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +103,18 @@ def measure(args: argparse.Namespace, variant: str, precision: str, seq_len: int
     return row | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def steps(config: Config) -> dict[str, Any]:
-    """Real steps of the trainer, its run directory aside."""
+def steps(config: Config, n_steps: int = STEPS, before: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+    """Real steps of the trainer, its run directory aside; ``before`` is called before each, with its number."""
     parts = build(config, lambda _: None)
     order, train = parts.order, parts.config.train
     (seq_len,) = {length for _, length in train.phases}
-    display = make_display("off", steps=STEPS, start_step=0, name="", stream=sys.stdout, total_tokens=None)
+    display = make_display("off", steps=n_steps, start_step=0, name="", stream=sys.stdout, total_tokens=None)
     marks, losses = [], []
     with StopRequest() as stop, sdpa_kernel(SDP_BACKENDS[parts.backend]):
         recorder = Recorder(Path("unused"), display, [])
         trainer = Trainer(parts, RunDirectory(Path("unused"), is_new=True), recorder, stop, StartingPoint())
-        for step in range(STEPS):
+        for step in range(n_steps):
+            before(step)
             rows = gather(parts.tokens, order.offsets(step), seq_len, config.model.vocab_size, pin_memory=True)
             marks.append(torch.cuda.Event(enable_timing=True))
             marks[-1].record()

@@ -17,21 +17,15 @@ from oneb import accounting
 from oneb.bench.breakdown import Profile, breakdown
 from oneb.bench.ceilings import Cache, measure_ceilings
 from oneb.bench.meter import Meter, driver_version, with_energy
-from oneb.bench.points import (
-    PROFILE_LEAD_IN,
-    PROFILE_STEPS,
-    Point,
-    Settings,
-    configuration,
-    largest_batch_size,
-)
+from oneb.bench.points import PROFILE_LEAD_IN, PROFILE_STEPS, Point, Settings, configuration
 from oneb.bench.results import Row
-from oneb.config import Config, compute_dtype, device_defaults
+from oneb.config import Config, compute_dtype
+from oneb.fit import PhaseFit
 from oneb.kernels.attention import SDP_BACKENDS
 from oneb.kernels.runtime import triton_available
 from oneb.model.transformer import DTYPES
 from oneb.planner import mfu
-from oneb.roofline import EXPONENTIALS_PER_CLOCK, gemm_seconds, gemms, predict, table_ceilings
+from oneb.roofline import EXPONENTIALS_PER_CLOCK, gemm_seconds, gemms, predict, table_ceilings, table_speed
 from oneb.train.clock import StepClock
 from oneb.train.device import Device, open_device
 from oneb.train.recorder import Recorder, open_recorder
@@ -86,40 +80,30 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
 
     def _measure(self, point: Point) -> Row:
-        config = self._configuration(point)
         directory = RunDirectory(self.folder / f"run{self._measured}", is_new=True)
         directory.path.mkdir()
-        parts = build(config, print)
+        parts = build(configuration(point, self.settings, str(self.folder)), print)
         config = parts.config
-        row = _identity(parts, point, self.settings)
         with Meter(gpu_uuid() if self.device.is_cuda else None).running() as meter:
-            watch = self._run(point, parts, directory)
-        row |= watch.figures(meter)
+            watch, phase = self._run(point, parts, directory)
+        row = _identity(parts, phase, self.settings) | watch.figures(meter)
         row["mfu"] = mfu(config, row["tok_s"], point.seq_len, self.device.gpu)
+        row["expected_tok_s"] = self._expected(config, phase)
         if self._measured > 1:
             row["first_step_s"] = None  # counted from the process's start, it would hold the points before
-        micro_batches = config.train.grad_accum
         if watch.profile:
             row["breakdown"] = breakdown(watch.profile.path, lead_in=PROFILE_LEAD_IN, steps=PROFILE_STEPS,
-                                         micro_batches=micro_batches)
+                                         micro_batches=phase.grad_accum)
             watch.profile.path.unlink()
             if row["breakdown"] is None:
                 row["notes"] = [*row["notes"], "the profiler saw no kernel here, so there is no breakdown"]
         # The ceilings' operands need the room that the model takes.
         del parts, watch
         self._free()
-        return row | self._beside(config, point, row)
+        return row | self._beside(config, phase, row)
 
-    def _configuration(self, point: Point) -> Config:
-        batch_size = point.batch_size
-        if batch_size is None:
-            config = configuration(point, self.settings, 1, str(self.folder))
-            train = device_defaults(config.train, self.device.torch.type, self.device.has_bf16, triton_available())
-            free = torch.cuda.mem_get_info()[0] if self.device.is_cuda else None
-            batch_size = largest_batch_size(point, self.settings, dataclasses.replace(config, train=train), free)
-        return configuration(point, self.settings, batch_size, str(self.folder))
-
-    def _run(self, point: Point, parts: Parts, directory: RunDirectory) -> Watch:
+    def _run(self, point: Point, parts: Parts, directory: RunDirectory) -> tuple[Watch, PhaseFit]:
+        """The run as it was watched, and its micro-batch and recomputation at the end."""
         profile = None
         if self.settings.profile and self.device.is_cuda:
             profile = Profile(directory.path / "trace.json")
@@ -132,13 +116,19 @@ class Bench:
             trainer.run()
             if stop.signum:
                 raise SystemExit(stop.exit_code)
-        return watch
+        return watch, trainer.fit.at(point.seq_len)
 
-    def _beside(self, config: Config, point: Point, row: Row) -> Row:
-        """Ceilings at this point's shapes, and what a roofline makes of them."""
-        train = config.train
-        eight_bit = point.precision == "fp8" and self.device.is_cuda
-        found = gemms(config.model, train.batch_size * point.seq_len, eight_bit)
+    def _expected(self, config: Config, phase: PhaseFit) -> float | None:
+        """Tokens a second that a plan would promise; None on cards that are not in the table."""
+        if self.device.gpu is None:
+            return None
+        speed = table_speed(config, self.device.gpu)
+        return speed(phase.seq_len, phase.batch_size, phase.grad_accum, phase.recomputed_layers)
+
+    def _beside(self, config: Config, phase: PhaseFit, row: Row) -> Row:
+        """Ceilings at this point's shapes, and what a roofline ("predicted") makes of them."""
+        eight_bit = config.train.precision == "fp8" and self.device.is_cuda
+        found = gemms(config.model, phase.batch_size * phase.seq_len, eight_bit)
         exponentials = _exponentials_per_s(self.device, row["clock_mhz"])
         if self.settings.ceiling_s > 0:
             ceilings = measure_ceilings(found, self.device, DTYPES[compute_dtype(config.train)],
@@ -147,14 +137,14 @@ class Bench:
             ceilings = table_ceilings(self.device.gpu, found, exponentials)
         else:
             return {"ceilings": None, "predicted": None, "gemm": None}
-        flops = sum(p.flops for p in found) * config.train.grad_accum
-        seconds = gemm_seconds(found, ceilings) * config.train.grad_accum
+        flops = sum(p.flops for p in found) * phase.grad_accum
+        seconds = gemm_seconds(found, ceilings) * phase.grad_accum
         gemm_ms = row["breakdown"] and row["breakdown"]["ms"]["gemm"]
         return {
             "ceilings": ceilings.to_dict(found),
-            "predicted": predict(config, point.seq_len, ceilings, batch_size=train.batch_size,
-                                 grad_accum=train.grad_accum, eight_bit=eight_bit,
-                                 recomputed_layers=train.recomputed_layers(config.model.n_layers) or 0),
+            "predicted": predict(config, phase.seq_len, ceilings, batch_size=phase.batch_size,
+                                 grad_accum=phase.grad_accum, recomputed_layers=phase.recomputed_layers,
+                                 eight_bit=eight_bit),
             # A step's products: FLOPs, seconds at the ceilings, and what they took (recomputed ones included).
             "gemm": {"flops": flops, "ceiling_ms": seconds * 1e3, "ceiling_tflops": flops / seconds / 1e12,
                      "ms": gemm_ms, "tflops": gemm_ms and flops / gemm_ms / 1e9},
@@ -218,6 +208,7 @@ class Watch:
             "first_step_s": next(r["since_start_s"] for r in of_type["event"] if r["event"] == "first_step"),
             "recompiles": sum(row["event"] == "recompile" for row in of_type["event"]),
             "skipped": of_type["train"][-1]["skipped"], "loss": of_type["train"][-1]["loss"], "breakdown": None,
+            "notes": [row["message"] for row in of_type["event"] if row["event"] in ("warning", "out_of_memory")],
             **with_energy(meter.between(*self._window), tok_s),
         }
 
@@ -256,15 +247,16 @@ def gpu_uuid() -> str:
     return str(torch.cuda.current_device()) if uuid is None else f"GPU-{uuid}"
 
 
-def _identity(parts: Parts, point: Point, settings: Settings) -> Row:
-    config, train = parts.config, parts.config.train
+def _identity(parts: Parts, phase: PhaseFit, settings: Settings) -> Row:
+    config, train, seq_len = parts.config, parts.config.train, phase.seq_len
     return {
         "parameters": sum(accounting.parameter_counts(config.model).values()),
-        "flops_per_token": accounting.flops_per_token(config.model, point.seq_len),
-        "batch_size": train.batch_size, "grad_accum": train.grad_accum, "warmup": settings.warmup,
-        "tokens_per_step": train.sequences(point.seq_len) * point.seq_len, "data": Path(settings.data).name,
+        "flops_per_token": accounting.flops_per_token(config.model, seq_len),
+        "batch_size": phase.batch_size, "grad_accum": phase.grad_accum, "recomputed_layers": phase.recomputed_layers,
+        "warmup": settings.warmup,
+        "tokens_per_step": train.sequences(seq_len) * seq_len, "data": Path(settings.data).name,
         "compute_dtype": compute_dtype(train), "train": dataclasses.asdict(train),
-        "optimizer": config.optim.optimizer, "attention_backend": parts.backend, "notes": parts.notes,
+        "optimizer": config.optim.optimizer, "attention_backend": parts.backend,
     }
 
 

@@ -48,7 +48,7 @@ class Parent:
         self._folder = Path()
         for task in tasks:
             for point in task:
-                configuration(point, settings, point.batch_size or 1, "runs")
+                configuration(point, settings, "runs")
 
     @property
     def rows(self) -> list[Row]:
@@ -117,7 +117,7 @@ class Parent:
         a_step = max(max(self.settings.batch_tokens, (point.batch_size or 1) * point.seq_len) for point in points)
         # A tenth of a small file is its validation tail, which must hold a window.
         n_tokens = max(self.settings.total_steps * a_step * 5 // 4, 20 * max(point.seq_len for point in points))
-        vocabulary = configuration(points[0], self.settings, 1, "runs").model.vocab_size
+        vocabulary = configuration(points[0], self.settings, "runs").model.vocab_size
         dtype = np.uint16 if vocabulary <= 2**16 else np.uint32
         path = self._folder / RANDOM_TOKENS
         np.save(path, np.random.default_rng(0).integers(vocabulary, size=n_tokens, dtype=dtype))

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oneb.config import Config
-from oneb.memory import step_memory
 from oneb.presets import SIZES, resolve
 
 GROWTH_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -16,21 +15,20 @@ GROWTH_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 GROWTH_LENGTH = 2048  # tokens a sequence where the micro-batch grows
 # Steps that the profiler sees: one that fills the queue again, and those that count.
 PROFILE_LEAD_IN, PROFILE_STEPS = 1, 2
-# What is left of the memory goes to the estimate's error.
-_MEMORY_SHARE = 0.9
 
 # Launcher options that the bench decides itself, and how it is told to.
 OWN_OPTIONS = {
     "variant": "--variants", "phases": "--lengths", "train_seq_len": "--lengths", "precision": "--precisions",
-    "batch_size": "--batch-size", "grad_accum": "--batch-tokens", "steps": "--steps", "target_tokens": "--steps",
-    "size": "--size", "path": "--data", "device": "--device", "null_attn": "--null-attn", "root": "", "tag": "",
-    "eval_every": "", "save_every": "", "resume": "", "ckpt": "", "if_exists": "",
+    "batch_size": "--batch-size", "grad_accum": "--batch-tokens", "batch_tokens": "--batch-tokens",
+    "steps": "--steps", "target_tokens": "--steps", "size": "--size", "path": "--data", "device": "--device",
+    "null_attn": "--null-attn", "root": "", "tag": "", "eval_every": "", "save_every": "", "resume": "", "ckpt": "",
+    "if_exists": "",
 }
 
 
 @dataclass(frozen=True)
 class Point:
-    """One row of the results. ``batch_size`` is in sequences a micro-batch; None for as many as fit."""
+    """One row of the results. ``batch_size`` is in sequences a micro-batch; None leaves it to :mod:`oneb.fit`."""
 
     variant: str
     seq_len: int
@@ -40,7 +38,7 @@ class Point:
     def to_row(self) -> dict[str, Any]:
         """The columns that tell points apart."""
         return {"variant": self.variant, "seq_len": self.seq_len, "precision": self.precision,
-                "asked_batch_size": self.batch_size or "auto"}
+                "asked_batch_size": "auto" if self.batch_size is None else self.batch_size}
 
 
 @dataclass(frozen=True)
@@ -84,36 +82,19 @@ def grid(variants: Sequence[str], lengths: Sequence[int], precisions: Sequence[s
     return list(dict.fromkeys(Point(*combination) for combination in combinations))
 
 
-def configuration(point: Point, settings: Settings, batch_size: int, root: str) -> Config:
-    """The run that ``point`` is, at a micro-batch of ``batch_size`` sequences, writing below ``root``.
+def configuration(point: Point, settings: Settings, root: str) -> Config:
+    """The run that ``point`` is, writing below ``root``. A micro-batch that the point leaves open stays so.
 
     Raises:
         ConfigErrors: options that do not go together.
     """
+    sequences = settings.batch_tokens // point.seq_len
     return resolve({
         "max_seq_len": max(SIZES[settings.size][-1], point.seq_len), "live": "basic",
         **settings.given,
         "size": settings.size, "variant": point.variant, "train_seq_len": point.seq_len,
         "null_attn": settings.null_attn, "path": settings.data, "device": settings.device,
-        "batch_size": batch_size, "grad_accum": max(1, settings.batch_tokens // (batch_size * point.seq_len)),
+        "batch_size": point.batch_size, "grad_accum": max(1, sequences // (point.batch_size or 1)),
         "steps": settings.total_steps, "eval_every": 0, "save_every": 0, "root": root, "tag": "bench",
         "precision": point.precision,
     })
-
-
-def largest_batch_size(point: Point, settings: Settings, config: Config, free_bytes: int | None) -> int:
-    """The largest power of two of sequences that fits a step's tokens and, as the plan estimates it, the memory.
-
-    Args:
-        config: of this point, with the device's defaults filled in; its micro-batch does not matter.
-        free_bytes: the device's free memory; None where it is the host's, which is not asked.
-    """
-    optimizer = "lion" if config.optim.optimizer == "auto" else config.optim.optimizer
-    recomputed = config.train.recomputed_layers(config.model.n_layers) or 0
-    best, size = 1, 1
-    while size * point.seq_len <= settings.batch_tokens:
-        needed = sum(step_memory(config, point.seq_len, size, recomputed, optimizer=optimizer).values())
-        if free_bytes is not None and needed > _MEMORY_SHARE * free_bytes:
-            break
-        best, size = size, 2 * size
-    return best

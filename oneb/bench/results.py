@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from oneb.config import device_defaults
 from oneb.errors import OnebError
 from oneb.files import write_text
+from oneb.gpus import Gpu, find_gpu
+from oneb.presets import SIZES, resolve
+from oneb.roofline import table_speed
 from oneb.units import format_count
 
 Row = dict[str, Any]
@@ -23,9 +28,10 @@ CLASSES = {
 }
 # Column -> format, as :func:`table` takes them; :func:`shown` makes a row of them.
 COLUMNS = {
-    "variant": "", "parameters": ".2f", "length": ",", "precision": "", "micro-batch": "", "tok/s": ",.0f",
-    "predicted": ",.0f", "MFU": ".1%", "ms/step": ",.1f", **{f"{name} %": ".1f" for name in CLASSES.values()},
-    "data ms": ".2f", "peak GiB": ".1f", "first step s": ".1f", "MHz": ".0f", "W": ".0f", "tok/J": ".1f",
+    "variant": "", "parameters": ".2f", "length": ",", "precision": "", "micro-batch": "", "recomputed": "",
+    "tok/s": ",.0f", "expected": ",.0f", "roofline": ",.0f", "MFU": ".1%", "ms/step": ",.1f",
+    **{f"{name} %": ".1f" for name in CLASSES.values()}, "data ms": ".2f", "peak GiB": ".1f",
+    "first step s": ".1f", "MHz": ".0f", "W": ".0f", "tok/J": ".1f",
 }
 
 
@@ -68,6 +74,35 @@ def load(path: Path) -> dict[str, Any]:
     return record
 
 
+def with_expected(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of :func:`load`, with ``expected_tok_s`` worked out in rows that were stored without it."""
+    gpu = find_gpu(record.get("gpu") or "")
+    for row in record["rows"]:
+        if gpu and not row.get("error"):
+            row.setdefault("expected_tok_s", _expected(row, gpu))
+    return record
+
+
+def _expected(row: Row, gpu: Gpu) -> float | None:
+    """Expected tokens a second of a measured row (:func:`oneb.roofline.table_speed`), from its own options."""
+    try:
+        config = resolve({
+            "max_seq_len": max(SIZES[row["size"]][-1], row["seq_len"]), **row["options"],
+            "size": row["size"], "variant": row["variant"], "train_seq_len": row["seq_len"], "path": row["data"],
+            "null_attn": row["null_attn"], "precision": row["precision"], "device": "cuda",
+        })
+    except (KeyError, TypeError, OnebError):  # fallback: options of another version are not ours to interpret
+        return None
+    train = device_defaults(config.train, "cuda", gpu.has_bf16)
+    speed = table_speed(dataclasses.replace(config, train=train), gpu)
+    return speed(row["seq_len"], row["batch_size"], row["grad_accum"], _recomputed_layers(row, config.model.n_layers))
+
+
+def _recomputed_layers(row: Row, n_layers: int) -> int:
+    """As the row says; before it did, recomputation was a switch."""
+    return row.get("recomputed_layers", n_layers if row["train"]["grad_checkpoint"] is True else 0)
+
+
 def shown(row: Row) -> Row:
     """A row's figures under the titles of :data:`COLUMNS`; what was not measured is left out."""
     titles = {
@@ -81,7 +116,9 @@ def shown(row: Row) -> Row:
     if row.get("parameters"):
         cells["parameters"] = format(row["parameters"] / 1e9, ".2f") + "B" if row["parameters"] > 5e7 \
             else format(row["parameters"] / 1e6, ".2f") + "M"
-    cells["predicted"] = (row.get("predicted") or {}).get("tok_s")
+    cells["recomputed"] = row.get("recomputed_layers") or None
+    cells["expected"] = row.get("expected_tok_s")
+    cells["roofline"] = (row.get("predicted") or {}).get("tok_s")
     shares = (row.get("breakdown") or {}).get("share") or {}
     cells |= {f"{title} %": 100 * shares[name] for name, title in CLASSES.items() if name in shares}
     return cells
@@ -135,8 +172,10 @@ def line(row: Row) -> str:
     if row.get("error"):
         return f"{name(row)}: failed: {row['error']}"
     parts = [f"{format_count(row['tok_s'])} tok/s"]
+    if row.get("expected_tok_s"):
+        parts.append(f"expected {format_count(row['expected_tok_s'])}")
     if row.get("predicted"):
-        parts.append(f"predicted {format_count(row['predicted']['tok_s'])}")
+        parts.append(f"roofline {format_count(row['predicted']['tok_s'])}")
     if row.get("mfu"):
         parts.append(f"MFU {row['mfu']:.1%}")
     parts.append(f"{row['step_ms']:.1f} ms a step")

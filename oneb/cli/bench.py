@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from oneb.bench import results
 from oneb.bench.parent import RANDOM_TOKENS, Parent
@@ -27,9 +28,10 @@ from oneb.bench.points import (
 from oneb.bench.results import Row
 from oneb.cli.guard import reports_mistakes
 from oneb.cli.launch import find_interpreter
-from oneb.cli.options import OptionParser, add_config_options, count
-from oneb.config import DEMO_DATA, PRECISIONS, VARIANTS, TrainConfig
+from oneb.cli.options import OptionParser, add_config_options, argument, count
+from oneb.config import DEMO_DATA, PRECISIONS, VARIANTS, TrainConfig, whole_or_auto
 from oneb.errors import OnebError
+from oneb.inspect.growth import write_growth
 from oneb.presets import DEFAULT_SIZE, SIZES
 
 _ALL_VARIANTS = ("baseline", "gqa", "gqa_kv2", "bottleneck", "decoupled")
@@ -38,6 +40,8 @@ examples:
   oneb bench --out results.json                                          every variant, 2048 tokens, bf16
   oneb bench --variants baseline decoupled --lengths 2048 8192 --precisions bf16 fp8 --out results.json
   oneb bench --grow --variants baseline decoupled --gpus 0,1 --out growth.json
+  oneb bench --grow length --variants decoupled --precisions fp8 --out growth_fp8.json
+  oneb bench --show growth.json growth_fp8.json --plots pictures         several files, one picture an axis
   oneb bench --show results.json --markdown
   oneb bench --out results.json -- --optimizer adamw --grad-checkpoint     further options of the launcher
 """
@@ -57,8 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--variants", nargs="+", choices=VARIANTS, default=_ALL_VARIANTS, help="attention variants (default: all)")
     add("--lengths", nargs="+", type=_positive, default=(2048,), metavar="TOKENS", help="sequence lengths (2048)")
     add("--precisions", nargs="+", choices=PRECISIONS, default=("bf16",), help="arithmetic (bf16)")
-    add("--batch-size", nargs="+", type=_batch_size, default=(None,), metavar="N",
-        help="sequences a micro-batch; auto (the default): the largest power of two that fits")
+    add("--batch-size", nargs="+", type=argument(whole_or_auto), default=(None,), metavar="N",
+        help="sequences a micro-batch; auto (the default): as a run chooses it, to fit and to be fast")
     add("--batch-tokens", type=count, default=Settings.batch_tokens, metavar="COUNT",
         help="tokens an optimizer step, by accumulation (65536)")
     add("--size", choices=tuple(SIZES), default=DEFAULT_SIZE, help=f"shape preset ({DEFAULT_SIZE})")
@@ -70,8 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup", type=_positive, default=Settings.warmup, help="steps before them (5)")
     add("--ceiling-seconds", type=float, metavar="S", help="how long each ceiling is measured; 0: not (0.3)")
     add("--no-profile", action="store_true", help="no breakdown by kernels")
-    add("--grow", action="store_true", help=f"lengths {GROWTH_LENGTHS[0]} to {GROWTH_LENGTHS[-1]}, and micro-batches "
-        f"{GROWTH_BATCH_SIZES[0]} to {GROWTH_BATCH_SIZES[-1]} at {GROWTH_LENGTH}; several points share a process")
+    add("--grow", nargs="?", const="both", choices=("length", "batch", "both"), help="length: "
+        f"{GROWTH_LENGTHS[0]} to {GROWTH_LENGTHS[-1]} tokens; batch: micro-batches {GROWTH_BATCH_SIZES[0]} to "
+        f"{GROWTH_BATCH_SIZES[-1]} at {GROWTH_LENGTH}; both if neither is named; several points share a process")
     add("--gpus", metavar="LIST", help="one child at a time on each of these, as CUDA_VISIBLE_DEVICES has them: 0,1")
     add("--timeout", type=float, default=900.0, metavar="S", help="longest time of a child (900)")
     add("--commit", help="what was measured, where there is no git")
@@ -88,10 +93,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return value
-
-
-def _batch_size(text: str) -> int | None:
-    return None if text == "auto" else _positive(text)
 
 
 @reports_mistakes
@@ -139,8 +140,10 @@ def _tasks(args: argparse.Namespace) -> list[list[Point]]:
     tasks = []
     for variant in dict.fromkeys(args.variants):
         for precision in dict.fromkeys(args.precisions):
-            tasks.append(grid([variant], GROWTH_LENGTHS, [precision], [None]))
-            tasks.append(grid([variant], [GROWTH_LENGTH], [precision], GROWTH_BATCH_SIZES))
+            if args.grow != "batch":
+                tasks.append(grid([variant], GROWTH_LENGTHS, [precision], [None]))
+            if args.grow != "length":
+                tasks.append(grid([variant], [GROWTH_LENGTH], [precision], GROWTH_BATCH_SIZES))
     return tasks
 
 
@@ -153,7 +156,7 @@ def _in_children(args: argparse.Namespace, further: list[str], settings: Setting
     if parent.rows:
         print(f"\n{results.report(parent.rows, markdown=args.markdown)}\n\nresults: {args.out}")
         if args.grow or args.plots:
-            _draw([args.out], args.plots or args.out.parent)
+            _draw([results.load(args.out)], args.plots or args.out.parent)
     if not whole:
         print("stopped; what was measured until then is in the results", file=sys.stderr)
         return 130
@@ -207,7 +210,7 @@ def _command(args: argparse.Namespace, further: list[str]) -> str:
 
 
 def _show(args: argparse.Namespace) -> int:
-    records = [results.load(path) for path in args.show]
+    records = [results.with_expected(results.load(path)) for path in args.show]
     for path, record in zip(args.show, records, strict=True):
         about = [record.get(key) for key in ("gpu", "commit", "date")]
         print(f"{path}: {', '.join(str(part) for part in about if part)}; {record['command']}")
@@ -216,12 +219,10 @@ def _show(args: argparse.Namespace) -> int:
     if args.markdown:
         print(f"\n{results.report(rows, markdown=True)}")
     if args.plots:
-        _draw(args.show, args.plots)
+        _draw(records, args.plots)
     return 0
 
 
-def _draw(files: Sequence[Path], folder: Path) -> None:
-    from oneb.inspect.growth import write_growth
-
-    for path in write_growth(files, folder):
+def _draw(records: Sequence[dict[str, Any]], folder: Path) -> None:
+    for path in write_growth(records, folder):
         print(path)

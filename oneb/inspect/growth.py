@@ -1,9 +1,8 @@
-"""Plots of how speed grows and falls, from results of ``oneb bench``. Reads files only; needs matplotlib, no torch."""
+"""Plots of how speed grows and falls, from results of ``oneb bench``. Needs matplotlib, and no torch."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +22,12 @@ Row = dict[str, Any]
 
 _DPI = 160
 _INK, _MUTED = "#1f2328", "#6b7280"
-# Okabe & Ito's palette (jfly.uni-koeln.de/color): told apart by the colour-blind, too. A colour means a variant.
-_VARIANT_COLORS = {"baseline": "#0072b2", "decoupled": "#d55e00", "gqa": "#009e73", "gqa_kv2": "#cc79a7",
-                   "bottleneck": "#8a6d00"}
+# Okabe & Ito's palette (jfly.uni-koeln.de/color): told apart by the colour-blind, too. A colour means a variant. Curves
+# come in the order of this and the next.
+_VARIANT_COLORS = {"baseline": "#0072b2", "gqa": "#009e73", "gqa_kv2": "#cc79a7", "bottleneck": "#8a6d00",
+                   "decoupled": "#d55e00"}
 _PRECISION_MARKERS = {"bf16": "o", "fp8": "s", "fp16": "^", "fp32": "D"}
+_EXPECTED_DASHES = (0, (4, 3))
 # Parts of a token's time: key in a row's prediction or breakdown, name, colour.
 _PARTS = (
     ("gemm", "products", "#0072b2"), ("attention", "attention", "#d55e00"), ("elementwise", "elementwise", "#009e73"),
@@ -36,60 +37,56 @@ _PARTS = (
 )
 
 
-def write_growth(results: Sequence[str | Path], folder: str | Path) -> list[Path]:
-    """Draw what there are rows for.
+def write_growth(records: Sequence[dict[str, Any]], folder: str | Path) -> list[Path]:
+    """Draw what there are rows for, measured speeds with the expected ones (``expected_tok_s``) dashed beside them.
 
     * ``growth_length.png``: tokens a second over the sequence length, from rows whose micro-batch was "auto";
     * ``growth_batch.png``: over the micro-batch, from rows that were given one, at the length with most of them;
-    * ``roofline.png``: a token's time by part, predicted and measured, a pair of bars a variant.
+    * ``roofline.png``: a token's time by part, at the ceilings and measured, a pair of bars a variant and precision.
 
     Args:
-        results: files that ``oneb bench --out`` wrote; their rows are drawn together.
+        records: files that ``oneb bench --out`` wrote, as read; their rows are drawn together. Where two hold the same
+            point of a curve, the first one's is drawn.
         folder: for the PNG files; made if it is not there.
 
     Returns:
         The paths written.
 
     Raises:
-        OnebError: a file holds no results, or matplotlib is not installed.
+        OnebError: matplotlib is not installed.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise OnebError("the plots need matplotlib, which is not installed; `python3 -m pip install matplotlib`, "
                         "then `oneb bench --show RESULTS --plots FOLDER`") from None
-    rows, where = _read(results)
+    rows = [{**row, "measured_on": {key: record.get(key) for key in ("gpu", "torch", "commit")}}
+            for record in records for row in record["rows"] if not row.get("error")]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     by_length = [row for row in rows if row["asked_batch_size"] == "auto"]
     by_batch = _of_most_common_length([row for row in rows if row["asked_batch_size"] != "auto"])
-    drawings = [
-        (LENGTH_PLOT, _varied(by_length, "seq_len"), lambda found: length_figure(found, where)),
-        (BATCH_PLOT, _varied(by_batch, "batch_size"), lambda found: batch_figure(found, where)),
-        (ROOFLINE_PLOT, _one_a_curve(rows), lambda found: roofline_figure(found, where)),
+    drawings: list[tuple[str, list[Row], Callable[[list[Row], str], Figure]]] = [
+        (LENGTH_PLOT, _varied(by_length, "seq_len"), length_figure),
+        (BATCH_PLOT, _varied(by_batch, "batch_size"), batch_figure),
+        (ROOFLINE_PLOT, _one_a_curve(rows), roofline_figure),
     ]
     written = []
     for name, found, draw in drawings:
         if found:
             with atomic_writer(folder / name) as file:
-                draw(found).savefig(file, format="png", dpi=_DPI, facecolor="white")
+                draw(found, _where(found)).savefig(file, format="png", dpi=_DPI, facecolor="white")
             written.append(folder / name)
     return written
 
 
-def _read(results: Sequence[str | Path]) -> tuple[list[Row], str]:
-    """The rows that were measured, and what they were measured on."""
-    rows, places = [], []
-    for path in results:
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-            rows += [row for row in record["rows"] if not row.get("error")]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise OnebError(f"{path} holds no results of `oneb bench`; give a file that its --out wrote") from None
-        places.append(" · ".join(filter(None, [
-            record.get("gpu"), record.get("torch") and f"torch {record['torch']}",
-            record.get("commit") and f"commit {record['commit']}"])))
-    return rows, "; ".join(dict.fromkeys(places))
+def _where(rows: list[Row]) -> str:
+    """What the rows were measured on."""
+    parts = []
+    for key, title in (("gpu", ""), ("torch", "torch "), ("commit", "commit ")):
+        values = [value for value in dict.fromkeys(row["measured_on"][key] for row in rows) if value]
+        parts += [title + ", ".join(values)] if values else []
+    return " · ".join(parts)
 
 
 def _of_most_common_length(rows: list[Row]) -> list[Row]:
@@ -98,9 +95,12 @@ def _of_most_common_length(rows: list[Row]) -> list[Row]:
 
 
 def _varied(rows: list[Row], x: str) -> list[Row]:
-    """The rows of curves that have more than one point along ``x``."""
-    places = {curve: {row[x] for row in rows if _curve(row) == curve} for curve in map(_curve, rows)}
-    return [row for row in rows if len(places[_curve(row)]) > 1]
+    """The rows of curves that have more than one point along ``x``, one a point."""
+    curves: dict[tuple, dict[int, Row]] = {}
+    for row in rows:
+        curves.setdefault(_curve(row), {}).setdefault(row[x], row)
+    found = [row for points in curves.values() if len(points) > 1 for row in points.values()]
+    return sorted(found, key=lambda row: (_place(row), row[x]))
 
 
 def _one_a_curve(rows: list[Row]) -> list[Row]:
@@ -110,12 +110,17 @@ def _one_a_curve(rows: list[Row]) -> list[Row]:
     for row in sorted(_of_most_common_length(drawn),
                       key=lambda row: (bool(row.get("breakdown")), row["asked_batch_size"] == "auto", row["tok_s"])):
         found[_curve(row)] = row
-    order = {_curve(row): place for place, row in reversed(list(enumerate(rows)))}
-    return sorted(found.values(), key=lambda row: order[_curve(row)])
+    return sorted(found.values(), key=_place)
 
 
 def _curve(row: Row) -> tuple[str, bool, str]:
     return row["variant"], bool(row.get("null_attn")), row["precision"]
+
+
+def _place(row: Row) -> tuple[int, bool, int]:
+    """Where a row's curve stands among the others."""
+    variant, null, precision = _curve(row)
+    return [*_VARIANT_COLORS, variant].index(variant), null, [*_PRECISION_MARKERS, precision].index(precision)
 
 
 def _label(row: Row) -> str:
@@ -126,8 +131,8 @@ def _label(row: Row) -> str:
 
 def length_figure(rows: list[Row], where: str) -> Figure:
     """Tokens a second over the sequence length."""
-    tokens = {row["tokens_per_step"] for row in rows}
-    note = f"{tick_text(max(tokens))} tokens a step · largest micro-batch that fits · {where}"
+    note = (f"{_span(row['tokens_per_step'] for row in rows)} tokens a step, "
+            f"{_span(row['batch_size'] * row['seq_len'] for row in rows)} a micro-batch · {where}")
     figure, ax = _axes("Speed over sequence length", note)
     _curves(ax, rows, "seq_len")
     ax.set_xlabel("sequence length (tokens)")
@@ -136,7 +141,8 @@ def length_figure(rows: list[Row], where: str) -> Figure:
 
 def batch_figure(rows: list[Row], where: str) -> Figure:
     """Tokens a second over the micro-batch."""
-    note = f"{rows[0]['seq_len']:,} tokens a sequence, {tick_text(rows[0]['tokens_per_step'])} a step · {where}"
+    note = (f"{rows[0]['seq_len']:,} tokens a sequence, {_span(row['tokens_per_step'] for row in rows)} a step"
+            f" · {where}")
     figure, ax = _axes("Speed over micro-batch", note)
     _curves(ax, rows, "batch_size")
     ax.set_xlabel("micro-batch (sequences)")
@@ -151,7 +157,7 @@ def roofline_figure(rows: list[Row], where: str) -> Figure:
     place = 0.0
     for row in rows:
         if row.get("predicted"):
-            bars.append((place, _predicted_parts(row), f"{_label(row)}  roofline"))
+            bars.append((place, row["predicted"]["us_per_token"], f"{_label(row)}  roofline"))
             place += 0.85
         bars.append((place, _measured_parts(row), "measured"))
         place += 1.35
@@ -177,10 +183,6 @@ def roofline_figure(rows: list[Row], where: str) -> Figure:
                   bbox_to_anchor=(0.02, 0.06 / height), ncols=len(shown), frameon=False, fontsize=8, labelcolor=_INK,
                   handlelength=1.0, columnspacing=1.1, handletextpad=0.5)
     return figure
-
-
-def _predicted_parts(row: Row) -> dict[str, float]:
-    return row["predicted"]["us_per_token"]
 
 
 def _measured_parts(row: Row) -> dict[str, float]:
@@ -211,7 +213,7 @@ def _axes(
 
 
 def _curves(ax: Axes, rows: list[Row], x: str) -> None:
-    """A measured line a variant and precision, the predicted one dashed; base-2 axis, speeds from zero."""
+    """A measured line a variant and precision, the expected one dashed; base-2 axis, speeds from zero."""
     for curve in dict.fromkeys(map(_curve, rows)):
         points = sorted((row for row in rows if _curve(row) == curve), key=lambda row: row[x])
         color = _VARIANT_COLORS.get(curve[0], _INK)
@@ -219,26 +221,29 @@ def _curves(ax: Axes, rows: list[Row], x: str) -> None:
         ax.plot([row[x] for row in points], [row["tok_s"] for row in points], color=color, linewidth=1.8,
                 marker=_PRECISION_MARKERS.get(curve[2], "o"), markersize=6, markeredgecolor=color,
                 markerfacecolor="white" if hollow else color, label=_label(points[0]), zorder=3)
-        known = [row for row in points if row.get("predicted")]
-        ax.plot([row[x] for row in known], [row["predicted"]["tok_s"] for row in known], color=color, linewidth=1.2,
-                linestyle=(0, (4, 3)), alpha=0.75)
-    ax.plot([], [], color=_MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="roofline, from measured ceilings"
-            if _sources(rows) == {"measured"} else "roofline")
+        known = [row for row in points if row.get("expected_tok_s")]
+        ax.plot([row[x] for row in known], [row["expected_tok_s"] for row in known], color=_INK, linewidth=1.1,
+                linestyle=_EXPECTED_DASHES, zorder=4)
+    if any(row.get("expected_tok_s") for row in rows):
+        ax.plot([], [], color=_INK, linewidth=1.1, linestyle=_EXPECTED_DASHES, label="expected, as plans show it")
     ax.set_xscale("log", base=2)
     values = sorted({row[x] for row in rows})
     ax.set_xticks(values, [f"{value:,}" for value in values])
     ax.minorticks_off()
-    tops = [row["tok_s"] for row in rows] + [row["predicted"]["tok_s"] for row in rows if row.get("predicted")]
-    ax.set_ylim(0, 1.08 * max(tops))
+    ax.set_ylim(0, 1.08 * max(max(row["tok_s"], row.get("expected_tok_s") or 0) for row in rows))
     ax.yaxis.set_major_formatter(lambda value, _: tick_text(value))
     ax.set_ylabel("tokens a second")
-    ax.legend(loc="lower left", frameon=False, fontsize=9, labelcolor=_INK, ncols=2)
+    # Filled by columns: a variant's precisions stand below each other.
+    ax.legend(loc="lower left", frameon=False, fontsize=9, labelcolor=_INK, ncols=3)
+
+
+def _span(values: Iterable[int]) -> str:
+    """"65.5K", or "32.8K to 65.5K" where they differ."""
+    found = sorted(values)
+    return " to ".join(dict.fromkeys([tick_text(found[0]), tick_text(found[-1])]))
 
 
 def _pale(color: str) -> str:
     """Half way to white."""
     return "#" + "".join(f"{(int(color[i:i + 2], 16) + 255) // 2:02x}" for i in (1, 3, 5))
 
-
-def _sources(rows: Iterable[Row]) -> set[str]:
-    return {row["predicted"]["source"] for row in rows if row.get("predicted")}
