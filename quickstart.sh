@@ -11,7 +11,7 @@ setup_env requirements_runtime.txt
 SHOWN_PYTHON=${PYTHON#"$PWD/"}
 NANO=(--device auto --size nano --data demo --tag quickstart --train-seq-len 256 --batch-size 8 --grad-accum 1
     --optimizer adamw --lr 5e-3 --steps 900 --warmup-steps 100 --eval-every 300 --log-every 25)
-BILLION=(--device cuda --tag quickstart --train-seq-len 1024 --batch-size 8 --grad-accum 4 --steps 300
+BILLION=(--device cuda --tag quickstart --train-seq-len 1024 --grad-accum 32 --steps 300
     --warmup-steps 50 --eval-every 100 --log-every 5)
 DATA=fineweb_20m.npy
 
@@ -60,7 +60,7 @@ show_next() {
   last.pt        the model; more text from it:
                  $SHOWN_PYTHON -m oneb sample --ckpt $1/last.pt --prompt "$PROMPT"
 
-== The real run, on a machine with a CUDA GPU (docs/LAUNCH_1B.md has settings for 16 to 80 GB):
+== The real run, on a machine with a CUDA GPU (it fits itself to 8 GB and more; docs/LAUNCH_1B.md):
   $SHOWN_PYTHON prepare_fineweb.py --tokens 1B --output fineweb_1b.npy
   $SHOWN_PYTHON run_1b_launch.py --device cuda --data fineweb_1b.npy --run
 END

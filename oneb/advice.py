@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from oneb.config import Config, OptimConfig
+from oneb.config import EVAL_ITER_TOKENS, Config, OptimConfig
 from oneb.planner import Plan, longest_seq_len
 from oneb.units import format_count
 
@@ -26,8 +26,6 @@ USEFUL_EPOCHS = 4
 # Models below are demonstrations, whose batch and rate are nobody's concern.
 _SMALL_PARAMETERS = 100e6
 _WARMUP_SHARE = 0.1
-# Tokens of --eval-iters 1 (oneb.train.evaluate), whose forward pass is a third of a training step's work.
-EVAL_ITER_TOKENS = 16384
 _EVAL_SHARE = 0.05
 
 
@@ -116,6 +114,7 @@ def _shares(config: Config, plan: Plan) -> list[str]:
     every = config.train.eval_every
     if every and every <= steps:
         step = plan.tokens / steps
+        # An evaluation's forward pass is a third of a training step's work.
         share = config.train.eval_iters * EVAL_ITER_TOKENS / 3 / (every * step)
         if share > _EVAL_SHARE:
             notes.append(f"evaluations every {every:,} steps add about {share:.0%} to the time; raise --eval-every, or "

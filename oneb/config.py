@@ -27,6 +27,8 @@ FP8_MULTIPLE = 16
 # The widest heads of our own attention kernel (oneb.kernels.narrow_attention); wider ones are cuDNN's and others'.
 NARROW_HEAD_DIM = 32
 OPTIMIZERS = ("lion", "adamw", "lion8bit", "adamw8bit")
+# One unit of --eval-iters. Fixed in tokens, so that runs with other batches see the same text.
+EVAL_ITER_TOKENS = 16384
 DATA_FORMATS = ("npy", "bin", "raw", "pt", "txt", "auto")
 
 

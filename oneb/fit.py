@@ -16,7 +16,7 @@ from oneb.errors import OnebError
 from oneb.memory import step_memory
 from oneb.presets import SIZES, resolve
 from oneb.schedules import format_seq_schedule, reached
-from oneb.units import format_gib
+from oneb.units import GIB, format_gib
 
 # (seq_len, batch_size, grad_accum, recomputed_layers) -> predicted tokens a second.
 Speed: TypeAlias = Callable[[int, int, int, int], float]
@@ -24,7 +24,11 @@ Speed: TypeAlias = Callable[[int, int, int, int], float]
 # More tokens at once gain nothing measurable (bench/results/growth_decoupled_h200.json: 92.4k tokens/s at 8192, 95k at
 # 65536), and larger cards would only hold more of them.
 USEFUL_TOKENS = 32768
+# Where nobody counts memory, that is on the CPU and mps: two cores are as fast with 4 sequences of nano's 256 tokens as
+# with 16, and larger models would take tens of GiB of the machine's memory for nothing.
+USEFUL_TOKENS_UNCOUNTED = 1024
 _LEAST_LENGTH = 128  # tokens; nobody is told to train on shorter sequences
+_WORTH_A_TIP = 1.1  # times as fast
 _EIGHT_BIT = {"lion": "lion8bit", "adamw": "adamw8bit"}
 
 
@@ -86,6 +90,18 @@ class Fit:
         """Whether every phase's peak is within the budget."""
         return self.budget_bytes is None or self.peak_bytes <= self.budget_bytes
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether not to try: nothing that was left open makes it fit, or not even weights and state do.
+
+        Numbers that the user gave are tried, as the prediction may be a little too high.
+        """
+        if self.fits:
+            return False
+        fixed = ("weights", "optimizer", "workspace", "context")
+        return not _explicit(self.config) or any(
+            sum(phase.memory[part] for part in fixed) > self.budget_bytes for phase in self.phases)
+
     def at(self, seq_len: int) -> PhaseFit:
         """What was chosen for sequences of ``seq_len`` tokens."""
         return next(phase for phase in self.phases if phase.seq_len == seq_len)
@@ -111,7 +127,10 @@ class Fit:
         return dataclasses.replace(self, phases=tuple(new if old is phase else old for old in self.phases))
 
     def _advice(self) -> str:
-        return " or ".join([*_advice(self.config, self.optimizer, self.budget_bytes), "use a GPU with more memory"])
+        limit = self.config.train.vram_limit_gib
+        limited = limit is not None and self.budget_bytes == int(limit * GIB)
+        more = f"give more than --vram-limit-gib {limit:g}" if limited else "use a GPU with more memory"
+        return " or ".join([*_advice(self.config, self.optimizer, self.budget_bytes), more])
 
 
 def fit(config: Config, budget_bytes: int | None, speed: Speed | None = None) -> Fit:
@@ -119,7 +138,8 @@ def fit(config: Config, budget_bytes: int | None, speed: Speed | None = None) ->
 
     Args:
         config: settled (:func:`oneb.config.device_defaults`).
-        budget_bytes: all the memory that the process may take; None = as much as it likes (then nothing is recomputed).
+        budget_bytes: all the memory that the process may take; None where nobody counts (then nothing is recomputed,
+            and micro-batches stay small).
         speed: which of the choices that fit is best; without it, least recomputation, then the largest micro-batch.
 
     Returns:
@@ -134,6 +154,8 @@ def fit(config: Config, budget_bytes: int | None, speed: Speed | None = None) ->
                      f"{format_gib(wide.peak_bytes)}, more than the {format_gib(budget_bytes)} there are; "
                      f"so it takes {format_gib(chosen.peak_bytes)}")
     notes += _batch_notes(chosen, speed) if chosen.fits else [_does_not_fit(chosen)]
+    if asked == "auto" and chosen.optimizer == "lion" and chosen.fits and speed:
+        notes += _eight_bit_tip(chosen, speed)
     return dataclasses.replace(chosen, notes=tuple(notes))
 
 
@@ -154,12 +176,12 @@ def _divisors(config: Config, seq_len: int) -> list[int]:
     return [n for n in range(1, sequences + 1) if sequences % n == 0 and n * seq_len % step == 0]
 
 
-def _candidates(config: Config, seq_len: int) -> list[int]:
+def _candidates(config: Config, seq_len: int, most_tokens: int = USEFUL_TOKENS) -> list[int]:
     """Micro-batches worth trying, rising: the one that was asked for, or the useful ones."""
     if config.train.batch_size is not None:
         return [config.train.batch_size]
     divisors = _divisors(config, seq_len) or [config.train.sequences(seq_len)]
-    return [n for n in divisors if n * seq_len <= USEFUL_TOKENS] or divisors[:1]
+    return [n for n in divisors if n * seq_len <= most_tokens] or divisors[:1]
 
 
 def _phase(config: Config, seq_len: int, batch_size: int, layers: int, optimizer: str) -> PhaseFit:
@@ -188,9 +210,10 @@ def _least_recomputed(
 def _best(
     config: Config, seq_len: int, budget_bytes: int | None, speed: Speed | None, optimizer: str
 ) -> PhaseFit:
-    phases = [_least_recomputed(config, seq_len, n, budget_bytes, optimizer) for n in _candidates(config, seq_len)]
     if budget_bytes is None:
-        return phases[-1]
+        largest = _candidates(config, seq_len, USEFUL_TOKENS_UNCOUNTED)[-1]
+        return _least_recomputed(config, seq_len, largest, None, optimizer)
+    phases = [_least_recomputed(config, seq_len, n, budget_bytes, optimizer) for n in _candidates(config, seq_len)]
     fitting = [phase for phase in phases if phase.peak_bytes <= budget_bytes]
     if not fitting:
         return min(phases, key=lambda phase: phase.peak_bytes)
@@ -225,6 +248,15 @@ def _batch_notes(chosen: Fit, speed: Speed | None) -> Iterator[str]:
         yield f"at {' and '.join(map(str, lengths))} tokens: {text}"
 
 
+def _eight_bit_tip(chosen: Fit, speed: Speed) -> Iterator[str]:
+    """Where lion fits only by much recomputation: what lion8bit would gain. It changes the run, so it is not taken."""
+    other = _with_optimizer(chosen.config, chosen.budget_bytes, speed, "lion8bit")
+    gains = [_rank(new, speed) / _rank(old, speed) for new, old in zip(other.phases, chosen.phases, strict=True)]
+    if min(gains) >= _WORTH_A_TIP:
+        yield (f"--optimizer lion8bit would leave room for less recomputation: about {min(gains):.1f} times as fast, "
+               "with state in 8 bits")
+
+
 def _gain(chosen: Fit, phase: PhaseFit, speed: Speed | None) -> str:
     """How much faster than one sequence at a time, in words; nothing where that is not known or not much."""
     if speed is None:
@@ -247,8 +279,7 @@ def _advice(config: Config, optimizer: str, budget_bytes: int | None) -> list[st
     if budget_bytes is None:
         return []
     train = config.train
-    explicit = " and ".join(["--batch-size"] * (train.batch_size is not None)
-                            + ["--grad-checkpoint"] * (train.grad_checkpoint != "auto"))
+    explicit = " and ".join(_explicit(config))
     relaxed = _with_train(config, batch_size=None, grad_accum=train.grad_accum * (train.batch_size or 1),
                           grad_checkpoint="all")
 
@@ -270,6 +301,13 @@ def _advice(config: Config, optimizer: str, budget_bytes: int | None) -> list[st
                    _narrower(relaxed, lambda other: fits(other, eight_bit))]
         found = [change + kind for change in changes if change]
     return [f"leave {explicit} to auto, and {change}" if explicit else change for change in found]
+
+
+def _explicit(config: Config) -> list[str]:
+    """The flags of what was not left to :func:`fit`."""
+    train = config.train
+    return (["--batch-size"] * (train.batch_size is not None)
+            + ["--grad-checkpoint"] * (train.grad_checkpoint != "auto"))
 
 
 def _with_train(config: Config, **changes: Any) -> Config:

@@ -222,12 +222,6 @@ class _Walk:
         """``size`` bytes that are there for a moment only."""
         self._give(part, self._take(part, size))
 
-    def _gradient(self, size: int, first: bool) -> None:
-        """A weight's gradient: the first micro-batch's stays, later ones are added to it and go."""
-        self._take("gradients", size)
-        if not first:
-            self._give("gradients", size)
-
     # ---- the step
 
     def micro_batch(self, *, first: bool) -> None:

@@ -63,3 +63,8 @@ def format_duration(seconds: float) -> str:
     if total < 86400:
         return f"{total // 3600}h {total % 3600 // 60:02d}m"
     return f"{total // 86400}d {total % 86400 // 3600:02d}h"
+
+
+def format_dollars(dollars: float) -> str:
+    """3.716 -> "$3.72", 1234.5 -> "$1,234"."""
+    return f"${dollars:.2f}" if dollars < 100 else f"${dollars:,.0f}"

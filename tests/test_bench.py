@@ -1,6 +1,7 @@
 """oneb bench: real children on the CPU, mistakes, the meter, kernels by name."""
 
 import ast
+import dataclasses
 import json
 import os
 import re
@@ -13,19 +14,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from oneb.bench import results
 from oneb.bench.breakdown import MARK_BYTES, breakdown, classify
 from oneb.bench.children import Children, spread
+from oneb.bench.measure import Bench
 from oneb.bench.meter import Meter, with_energy
+from oneb.bench.points import Point, Settings
 from oneb.cli import bench
+from oneb.gpus import get_gpu
+from oneb.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 QUICK = ("--size", "nano", "--device", "cpu", "--precisions", "fp32", "--steps", "3", "--warmup", "2",
          "--batch-tokens", "128", "--ceiling-seconds", "0.001")
 MEASURED = {"tok_s", "step_ms", "step_ms_p10", "step_ms_p90", "step_ms_mean", "data_ms", "memory_gib", "first_step_s",
             "clock_mhz", "watts", "tokens_per_joule", "recompiles", "mfu", "breakdown", "ceilings", "predicted", "gemm",
-            "parameters", "batch_size", "grad_accum", "tokens_per_step", "attention_backend", "train", "loss"}
+            "parameters", "batch_size", "grad_accum", "recomputed_layers", "tokens_per_step", "attention_backend",
+            "train", "loss", "notes", "expected_tok_s"}
 
 
 # ---- whole benches
@@ -54,8 +61,11 @@ def test_a_bench_measures_real_runs_in_children_and_goes_on_after_one_that_fails
     assert "failed: decoupled 1024 fp32" in done.stdout
     assert row["error"] is None
     assert set(row) >= MEASURED
-    # 128 tokens a step are four sequences of 32, which is a power of two.
+    # 128 tokens a step are four sequences of 32; the host's memory does not count, so they are one micro-batch.
     assert (row["batch_size"], row["grad_accum"], row["tokens_per_step"]) == (4, 1, 128)
+    assert (row["asked_batch_size"], row["recomputed_layers"]) == ("auto", 0)
+    assert any("micro-batch 4 x 1" in note for note in row["notes"])
+    assert row["expected_tok_s"] is None  # a CPU is not in the table of GPUs
     assert row["tok_s"] == pytest.approx(128 / row["step_ms"] * 1e3)
     assert row["step_ms_p10"] <= row["step_ms"] <= row["step_ms_p90"]
     assert 0 < row["first_step_s"] < 120
@@ -74,9 +84,10 @@ def test_points_that_share_a_process_are_measured_apart(tmp_path, monkeypatch, c
     out, data = tmp_path / "r.json", tmp_path / "tokens.npy"
     np.save(data, np.random.default_rng(2).integers(300, size=3000, dtype=np.uint16))
     assert bench.main(["--one", *QUICK, "--variants", "gqa", "--lengths", "16", "--batch-size", "8", "2",
-                       "--data", str(data), "--out", str(out), "--", "--layers", "1", "--vocab-size", "300"]) == 0
+                       "--data", str(data), "--out", str(out), "--", "--layers", "2", "--vocab-size", "300",
+                       "--grad-checkpoint", "1"]) == 0
     rows = results.load(out)["rows"]
-    assert [(row["batch_size"], row["grad_accum"]) for row in rows] == [(8, 1), (2, 4)]
+    assert [(row["batch_size"], row["grad_accum"], row["recomputed_layers"]) for row in rows] == [(8, 1, 1), (2, 4, 1)]
     assert rows[0]["first_step_s"] > 0
     assert rows[1]["first_step_s"] is None  # the process's age then counts the point before
     assert rows[0]["ceilings"]["gemm"][0]["m"] == 4 * rows[1]["ceilings"]["gemm"][0]["m"]
@@ -87,6 +98,43 @@ def test_points_that_share_a_process_are_measured_apart(tmp_path, monkeypatch, c
     shown = capsys.readouterr().out
     assert f"{rows[0]['tok_s']:,.0f}" in shown
     assert "| gqa |" in shown
+
+
+@pytest.fixture
+def bench_of_h200(tmp_path):
+    """A bench on the CPU that takes it for a card of the table."""
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(3).integers(300, size=4000, dtype=np.uint16))
+    settings = Settings(size="nano", device="cpu", data=str(tmp_path / "tokens.npy"), batch_tokens=128, steps=2,
+                        warmup=1, profile=False, ceiling_s=0, given={"n_layers": 2, "vocab_size": 300})
+    found = Bench(settings, tmp_path)
+    found.device = dataclasses.replace(found.device, name="NVIDIA H200", gpu=get_gpu("h200"))
+    return found
+
+
+@pytest.mark.parametrize("variant", ["baseline", "decoupled"])
+def test_a_row_stores_the_expected_speed_that_would_be_worked_out_of_it(bench_of_h200, variant):
+    row = bench_of_h200.row(Point(variant, 16, "fp32"))
+    assert row["error"] is None
+    assert row["predicted"]["source"] == "GPU table"
+    stored = row.pop("expected_tok_s")
+    assert 0 < stored < row["predicted"]["tok_s"]
+    (again,) = results.with_expected({"gpu": "NVIDIA H200", "rows": [json.loads(json.dumps(row))]})["rows"]
+    assert again["expected_tok_s"] == pytest.approx(stored)
+
+
+def test_a_point_that_runs_out_of_memory_is_measured_with_less_and_says_so(bench_of_h200, monkeypatch):
+    real = Trainer._gradients
+
+    def limited(self, batch):
+        if self.fit.at(batch.seq_len).batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return real(self, batch)
+
+    monkeypatch.setattr(Trainer, "_gradients", limited)
+    row = bench_of_h200.row(Point("gqa", 16, "fp32", 8))
+    assert row["error"] is None
+    assert (row["asked_batch_size"], row["batch_size"], row["grad_accum"], row["tokens_per_step"]) == (8, 2, 4, 128)
+    assert sum("Tried to allocate" in note for note in row["notes"]) == 2
 
 
 @pytest.mark.gpu
@@ -103,16 +151,41 @@ def test_a_bench_on_a_gpu_knows_every_kernel(tmp_path):
         assert row["clock_mhz"] > 100
         assert row["tokens_per_joule"] == pytest.approx(row["tok_s"] / row["watts"])
         assert row["recompiles"] == 0
+        # 16 sequences of 256 tokens, all of which fit at once.
+        assert (row["batch_size"], row["grad_accum"], row["recomputed_layers"]) == (16, 1, 0)
+        assert (row["expected_tok_s"] is None) == (row["mfu"] is None)
+
+
+@pytest.mark.parametrize(("words", "axes"), [
+    ([], [("auto",)]), (["--grow"], [("length",), ("batch",)]), (["--grow", "both"], [("length",), ("batch",)]),
+    (["--grow", "length"], [("length",)]), (["--grow", "batch"], [("batch",)]),
+])
+def test_growth_is_measured_along_the_axes_asked_for(words, axes):
+    args = bench.build_parser().parse_args([*words, "--variants", "baseline", "decoupled", "--precisions", "fp8"])
+    tasks = bench._tasks(args)
+    found = []
+    for task in tasks:
+        (variant,), (precision,) = {point.variant for point in task}, {point.precision for point in task}
+        lengths, sizes = {point.seq_len for point in task}, {point.batch_size for point in task}
+        assert precision == "fp8"
+        axis = "length" if len(lengths) > 1 else "batch" if len(sizes) > 1 else "auto"
+        assert sizes == {None} if axis != "batch" else lengths == {2048} and min(sizes) == 1
+        found.append((variant, axis))
+    assert found == [(variant, *axis) for variant in ("baseline", "decoupled") for axis in axes]
 
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--variants", "baseline"], "--out"),
     (["--out", "x.json", "--lengths", "0"], "at least 1"),
-    (["--out", "x.json", "--batch-size", "many"], "--batch-size"),
+    (["--out", "x.json", "--batch-size", "many"], "'many' is neither a whole number nor auto"),
+    (["--out", "x.json", "--batch-size", "4", "0"], "--batch-size 0"),
+    (["--out", "x.json", "--batch-size=-3"], "--batch-size -3"),
+    (["--out", "x.json", "--grow", "width"], "--grow"),
     (["--out", "x.json", "--length", "5"], "did you mean --lengths"),
     (["--out", "x.json", "--data", "nowhere.npy"], "nowhere.npy is not there"),
     (["--out", "x.json", "--", "--steps", "5"], "give --steps before the --"),
     (["--out", "x.json", "--", "--data", "x.npy"], "give --data before the --"),
+    (["--out", "x.json", "--", "--batch-tokens", "512K"], "give --batch-tokens before the --"),
     (["--out", "x.json", "--", "--optimiser", "lion"], "did you mean --optimizer"),
     (["--out", "x.json", "--lengths", "4096", "--", "--block", "2048"], "--block 4096"),
     (["--out", "x.json", "--gpus", "0,,1"], "write them as 0,1"),

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from oneb.config import Config, device_defaults
 from oneb.errors import OnebError
 from oneb.fit import USEFUL_TOKENS, fit
+from oneb.gpus import get_gpu
 from oneb.memory import step_memory
 from oneb.presets import resolve
+from oneb.roofline import table_speed
 from oneb.units import GIB, format_gib
 
 
@@ -104,10 +106,23 @@ def test_fp8_micro_batches_have_tokens_in_multiples_of_16(seq_len):
         assert phase.batch_size == (4 if seq_len == 100 else 1)
 
 
-def test_where_memory_is_not_counted_nothing_is_recomputed():
-    chosen = fit(settled(train_seq_len=2048, grad_accum=64), None, made_up_speed)
+@pytest.mark.parametrize(("seq_len", "batch_size"), [(64, 16), (200, 4), (2048, 1)])
+def test_where_memory_is_not_counted_little_is_taken_and_nothing_recomputed(seq_len, batch_size):
+    """Off CUDA nothing stops a micro-batch but the machine's memory."""
+    chosen = fit(settled(train_seq_len=seq_len, grad_accum=64), None, made_up_speed)
     assert chosen.fits
-    assert (chosen.phases[0].batch_size, chosen.phases[0].recomputed_layers) == (USEFUL_TOKENS // 2048, 0)
+    assert not chosen.is_hopeless
+    assert (chosen.phases[0].batch_size, chosen.phases[0].recomputed_layers) == (batch_size, 0)
+
+
+@pytest.mark.parametrize(("options", "gib", "hopeless"), [
+    ({}, 80, False), ({}, 6, True), ({"optimizer": "adamw"}, 10, True), ({"batch_size": 4}, 12, False),
+    ({"grad_checkpoint": "none"}, 12, False), ({"batch_size": 4}, 3, True), ({"grad_checkpoint": "all"}, 6, False),
+])
+def test_only_numbers_that_were_given_are_tried_where_they_do_not_fit(options, gib, hopeless):
+    chosen = fit(settled(variant="baseline", train_seq_len=2048, **options), gib * GIB, made_up_speed)
+    assert chosen.is_hopeless == hopeless
+    assert not (chosen.is_hopeless and chosen.fits)
 
 
 def test_notes_say_what_was_chosen_and_why():
@@ -161,6 +176,12 @@ def test_advice_where_nothing_fits_is_true(options, gib, kinds):
         assert fit(settled(**given_by(piece, options)), int(gib * GIB)).fits, piece
 
 
+def test_a_limit_that_the_user_set_is_what_to_raise():
+    config = settled(variant="baseline", train_seq_len=2048, vram_limit_gib=5.5)
+    assert fit(config, int(5.5 * GIB)).notes[-1].endswith("or give more than --vram-limit-gib 5.5")
+    assert fit(config, 5 * GIB).notes[-1].endswith("or use a GPU with more memory")
+
+
 def test_after_running_out_of_memory_there_is_less_until_there_is_nothing_less():
     config = settled(variant="baseline", phases="512@0,2048@100", steps=200, grad_accum=12)
     now = fit(config, 40 * GIB, made_up_speed)
@@ -176,3 +197,20 @@ def test_after_running_out_of_memory_there_is_less_until_there_is_nothing_less()
     peaks = [phase.peak_bytes for phase in seen]
     assert peaks == sorted(set(peaks), reverse=True)
     assert len(seen) < 10
+
+
+@pytest.mark.parametrize(("gib", "options", "told"), [
+    (12, {}, True), (16, {}, False), (80, {}, False), (8, {}, False), (12, {"optimizer": "lion"}, False),
+])
+def test_the_user_is_told_where_state_in_8_bits_would_be_much_faster(gib, options, told):
+    config = settled(variant="baseline", train_seq_len=2048, **options)
+    speed = table_speed(config, get_gpu("h200"))
+    chosen = fit(config, gib * GIB, speed)
+    tips = [note for note in chosen.notes if "--optimizer lion8bit would" in note]
+    assert len(tips) == told
+    if told:
+        taken = fit(settled(variant="baseline", train_seq_len=2048, optimizer="lion8bit"), gib * GIB, speed)
+        (new,), (old,) = taken.phases, chosen.phases
+        gain = speed(2048, new.batch_size, new.grad_accum, new.recomputed_layers) / speed(
+            2048, old.batch_size, old.grad_accum, old.recomputed_layers)
+        assert f"about {gain:.1f} times as fast" in tips[0]

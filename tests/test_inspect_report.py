@@ -172,6 +172,15 @@ def test_wall_time_adds_up_over_processes(tmp_path):
     assert training_seconds(read_run(make_run(tmp_path / "demo", rows))) == pytest.approx(20 + 9 + 7)
 
 
+def test_the_summary_says_what_the_machine_has_cost(tmp_path):
+    # 20 s and, after the resume, 9 s; an hour is 3600.
+    rows = [META, *(train_row(step, elapsed_s=e) for step, e in ((1, 10.0), (2, 20.0), (3, 5.0), (4, 9.0)))]
+    run_dir = make_run(tmp_path / "demo", rows)
+    assert "$" not in write_summary(run_dir).read_text().split("\n\n")[1]
+    (run_dir / "config.json").write_text(json.dumps(resolve({"tag": "demo", "price": 360.0}).to_dict()))
+    assert "29s, $2.90 at $360.00 an hour." in write_summary(run_dir).read_text()
+
+
 def test_a_torn_last_row_is_left_out_and_damage_is_named(tmp_path):
     run_dir = make_run(tmp_path / "demo", [META, train_row(20)])
     with open(run_dir / "train.jsonl", "a") as file:

@@ -44,6 +44,7 @@ def plan_text(output: str) -> list[str]:
     ("--gpu", "t4", "--optimizer", "adamw", "--size", "large", "--save-every", "7", "--data-format", "auto"),
     ("--gpu", "b200", "--budget", "100000", "--batch-tokens", "4M", "--lr", "1", "--warmup-steps", "100"),
     ("--gpu", "a100", "--variant", "bottleneck", "--attn-dim", "1024", "--vocab-size", "1000000"),
+    ("--gpu", "4090", "--seq-schedule", ",".join(f"{128 << i % 5}@{i * 100}" for i in range(12)), "--price", "0.5"),
     NANO,
 ])
 def test_every_screen_fits_80_columns(tmp_path, words):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oneb.accounting import parameter_counts
-from oneb.advice import EVAL_ITER_TOKENS, advice, usual_lr
+from oneb.advice import advice, usual_lr
 from oneb.cli.data_size import count_tokens
 from oneb.gpus import get_gpu
 from oneb.model.transformer import DTYPES, build_model
@@ -23,7 +23,6 @@ from oneb.planner import ASIDE_SHARE, disk_use, fit_to, make_plan, seconds_befor
 from oneb.presets import resolve
 from oneb.schedules import LR_SCHEDULES, lr_at, tokens_before
 from oneb.sketch import sketch
-from oneb.train.evaluate import EVAL_ITER_TOKENS as REAL_EVAL_ITER_TOKENS
 
 H100 = get_gpu("h100")
 
@@ -239,10 +238,6 @@ def test_usual_rates_follow_the_size():
 
 def test_a_demonstration_is_not_lectured():
     assert notes(size="nano", path="demo", train_seq_len=256) == ""
-
-
-def test_an_evaluation_is_as_long_as_the_trainers():
-    assert EVAL_ITER_TOKENS == REAL_EVAL_ITER_TOKENS
 
 
 # ---- the size of data

@@ -35,6 +35,9 @@ from oneb.train.setup import Parts, build
 from oneb.train.signals import StopRequest
 from oneb.train.trainer import Trainer
 
+# Events of a run that its row repeats.
+_NOTED = ("warning", "fit", "out_of_memory")
+
 
 class Bench:
     """Measures points, one after another, in this process.
@@ -208,7 +211,7 @@ class Watch:
             "first_step_s": next(r["since_start_s"] for r in of_type["event"] if r["event"] == "first_step"),
             "recompiles": sum(row["event"] == "recompile" for row in of_type["event"]),
             "skipped": of_type["train"][-1]["skipped"], "loss": of_type["train"][-1]["loss"], "breakdown": None,
-            "notes": [row["message"] for row in of_type["event"] if row["event"] in ("warning", "out_of_memory")],
+            "notes": [row["message"] for row in of_type["event"] if row["event"] in _NOTED],
             **with_energy(meter.between(*self._window), tok_s),
         }
 

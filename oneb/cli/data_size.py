@@ -24,7 +24,10 @@ def count_tokens(path: str, data_format: str) -> int | None:
         files = [target]
     else:
         files = [Path(name) for name in glob.glob(str(target), recursive=True) if not name.endswith(".meta")]
-    counts = [_tokens_of(file, data_format) for file in files if file.is_file()]
+    try:
+        counts = [_tokens_of(file, data_format) for file in files if file.is_file()]
+    except OSError:
+        return None  # the training process says why it cannot be read
     return sum(counts) if counts and None not in counts else None
 
 

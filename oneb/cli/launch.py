@@ -10,7 +10,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from oneb.cli.data_size import count_tokens
 from oneb.cli.guard import reports_mistakes
 from oneb.cli.machine import Machine, find_machine, plan_for
 from oneb.cli.options import OptionParser, add_config_options, config_to_args, shell_command
-from oneb.cli.plan_text import format_dollars, money_lines, need_lines, run_lines, stdout_is_plain, wrapped
+from oneb.cli.plan_text import money_lines, need_lines, run_lines, stdout_is_plain, wrapped
 from oneb.config import DEMO_DATA, Config
 from oneb.errors import OnebError
 from oneb.planner import Plan
 from oneb.presets import resolve
-from oneb.train.rundir import RunDirectory, check_resume, read_sidecar, run_directory
-from oneb.units import format_count, format_duration
+from oneb.train.rundir import RunDirectory, check_resume, continued, read_sidecar, run_directory
+from oneb.units import format_count, format_dollars, format_duration
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _EPILOG = """\
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if launch.budget is not None:
         config = resolve({**given, "steps": steps_for_budget(launch.budget, config, machine, directory)})
     check_resume(config)
-    plan = plan_for(_continued(config, directory), machine)
+    plan = plan_for(continued(config, directory), machine)
     _print_plan(plan, config, machine, launch, directory)
     interpreter = find_interpreter()
     words = _print_command(interpreter, config)
@@ -111,14 +111,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.flush()
     # The training process takes this one's place: signals and the exit code are its own, and no shell is involved.
     return os.execv(interpreter, [interpreter, "-m", "oneb.train", *words])
-
-
-def _continued(config: Config, directory: RunDirectory) -> Config:
-    """``config`` with the optimizer of the run that it continues, where it leaves it open."""
-    if directory.resume_from is None or config.optim.optimizer != "auto":
-        return config
-    saved = read_sidecar(directory.resume_from).get("optimizer") or "lion"
-    return replace(config, optim=replace(config.optim, optimizer=saved))
 
 
 def _is_done(config: Config, directory: RunDirectory) -> bool:

@@ -13,14 +13,14 @@ from oneb.cli.budget import resolve_for, steps_for_budget
 from oneb.cli.guard import reports_mistakes
 from oneb.cli.machine import Machine, plan_for
 from oneb.cli.options import OptionParser, add_config_options, argument
-from oneb.cli.plan_text import columns, format_dollars, stdout_is_plain, wrapped
+from oneb.cli.plan_text import columns, schedule_lines, stdout_is_plain, wrapped
 from oneb.config import VARIANTS, ModelConfig
 from oneb.errors import OnebError
 from oneb.files import write_json
 from oneb.gpus import GPUS, Gpu, get_gpu
 from oneb.planner import Plan
 from oneb.presets import resolve
-from oneb.units import GIB, format_count, format_duration, format_gib
+from oneb.units import GIB, format_count, format_dollars, format_duration, format_gib
 
 _EPILOG = """\
 examples:
@@ -174,8 +174,10 @@ def report(entries: Sequence[Entry], budget: float | None = None) -> list[str]:
 
 def _heading(plan: Plan, budget: float | None) -> list[str]:
     if budget is not None:
-        return [f"[plan] budget={format_dollars(budget)} | seq_schedule={plan.seq_schedule}"]
-    return [f"[plan] steps={plan.steps} | planned_tokens≈{plan.tokens / 1e9:.4g}B | seq_schedule={plan.seq_schedule}"]
+        label = f"[plan] budget={format_dollars(budget)} | seq_schedule="
+    else:
+        label = f"[plan] steps={plan.steps} | planned_tokens≈{plan.tokens / 1e9:.4g}B | seq_schedule="
+    return schedule_lines(label, plan.seq_schedule)
 
 
 def _row(entry: Entry, several: bool, budget: float | None) -> list[str]:

@@ -10,7 +10,7 @@ from oneb.config import Config
 from oneb.memory import PARTS
 from oneb.planner import ASIDE_SHARE, Phase, Plan
 from oneb.sketch import sketch
-from oneb.units import GIB, format_count, format_duration, format_gib
+from oneb.units import GIB, format_count, format_dollars, format_duration, format_gib
 
 WIDTH = 80
 _LABEL, _COLUMN = 28, 12
@@ -31,7 +31,7 @@ def run_lines(plan: Plan, config: Config, *, plain: bool = False) -> list[str]:
     optim = config.optim
     lines = [
         f"[plan] global_batch={sequences} | steps={plan.steps} | planned_tokens≈{plan.tokens / 1e9:.4g}B",
-        f"[plan] seq_schedule={plan.seq_schedule}",
+        *schedule_lines("[plan] seq_schedule=", plan.seq_schedule),
         *wrapped("[plan] ", f"parameters={format_count(plan.parameters)} ({parts})"),
         f"[plan] kv_cache={plan.kv_bytes_per_token:,} bytes a token ({plan.variant}, 16-bit)",
         *wrapped("[plan] ", f"lr={optim.lr:g} ({plan.optimizer}, {optim.lr_schedule}"
@@ -55,6 +55,13 @@ def wrapped(label: str, text: str) -> list[str]:
         return []
     return textwrap.wrap(label + text, WIDTH, subsequent_indent=" " * len(label), break_long_words=False,
                          break_on_hyphens=False)
+
+
+def schedule_lines(label: str, schedule: str) -> list[str]:
+    """``LENGTH@STEP,…`` after ``label``, over several lines where one has not the room."""
+    if len(label + schedule) <= WIDTH:
+        return [label + schedule]
+    return wrapped(label, schedule.replace(",", ", "))
 
 
 def can_draw(encoding: str | None) -> bool:
@@ -138,11 +145,6 @@ def price_text(price: float, source: str | None) -> str:
     if source is None:
         return f"${price:.2f} an hour"
     return f"about ${price:.2f} an hour ({source}; --price X for yours)"
-
-
-def format_dollars(dollars: float) -> str:
-    """3.716 -> "$3.72", 1234.5 -> "$1,234"."""
-    return f"${dollars:.2f}" if dollars < 100 else f"${dollars:,.0f}"
 
 
 def columns(rows: Sequence[Sequence[str]], left: int) -> list[str]:

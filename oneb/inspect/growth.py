@@ -169,7 +169,7 @@ def roofline_figure(rows: list[Row], where: str) -> Figure:
         for key, _, color in _PARTS:
             if width := max(0.0, parts.get(key, 0.0)):
                 ax.barh(place, width, left=left, height=0.72, edgecolor="white", linewidth=0.6,
-                        color=color if name == "measured" else _pale(color))
+                        color=color if name == "measured" else _half_way(color, 255))
                 left += width
         ax.annotate(f"{left:.1f} µs, {tick_text(1e6 / left)} tok/s", (left, place), (5, 0), va="center",
                     textcoords="offset points", fontsize=8.5, color=_INK)
@@ -222,10 +222,10 @@ def _curves(ax: Axes, rows: list[Row], x: str) -> None:
                 marker=_PRECISION_MARKERS.get(curve[2], "o"), markersize=6, markeredgecolor=color,
                 markerfacecolor="white" if hollow else color, label=_label(points[0]), zorder=3)
         known = [row for row in points if row.get("expected_tok_s")]
-        ax.plot([row[x] for row in known], [row["expected_tok_s"] for row in known], color=_INK, linewidth=1.1,
-                linestyle=_EXPECTED_DASHES, zorder=4)
+        ax.plot([row[x] for row in known], [row["expected_tok_s"] for row in known], color=_half_way(color, 0),
+                linewidth=1.2, linestyle=_EXPECTED_DASHES, zorder=4)
     if any(row.get("expected_tok_s") for row in rows):
-        ax.plot([], [], color=_INK, linewidth=1.1, linestyle=_EXPECTED_DASHES, label="expected, as plans show it")
+        ax.plot([], [], color=_INK, linewidth=1.2, linestyle=_EXPECTED_DASHES, label="expected, as plans show it")
     ax.set_xscale("log", base=2)
     values = sorted({row[x] for row in rows})
     ax.set_xticks(values, [f"{value:,}" for value in values])
@@ -243,7 +243,7 @@ def _span(values: Iterable[int]) -> str:
     return " to ".join(dict.fromkeys([tick_text(found[0]), tick_text(found[-1])]))
 
 
-def _pale(color: str) -> str:
-    """Half way to white."""
-    return "#" + "".join(f"{(int(color[i:i + 2], 16) + 255) // 2:02x}" for i in (1, 3, 5))
+def _half_way(color: str, to: int) -> str:
+    """Half way to black (0) or white (255)."""
+    return "#" + "".join(f"{(int(color[i:i + 2], 16) + to) // 2:02x}" for i in (1, 3, 5))
 

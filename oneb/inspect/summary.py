@@ -11,7 +11,7 @@ from oneb.config import RunConfig
 from oneb.files import write_text
 from oneb.inspect.plots import LOSS_PLOT, THROUGHPUT_PLOT
 from oneb.inspect.rows import Row, Run, known, median, phase_rows, read_run
-from oneb.units import format_count, format_duration
+from oneb.units import format_count, format_dollars, format_duration
 
 SUMMARY_FILE = "summary.md"
 _LAST_ROWS = 20
@@ -52,7 +52,12 @@ def _head(run: Run) -> str:
         state = f"Stopped at step {ended['step']:,} of {planned or 0:,}"
     else:
         state = f"At step {run.step:,} of {planned or 0:,}" if planned else "Not started"
-    return f"# {run.name}\n\n{state}, {format_count(run.tokens)} tokens, {format_duration(training_seconds(run))}."
+    seconds = training_seconds(run)
+    text = f"# {run.name}\n\n{state}, {format_count(run.tokens)} tokens, {format_duration(seconds)}"
+    price = run.config.get("run", {}).get("price")
+    if price is not None:
+        text += f", {format_dollars(seconds / 3600 * price)} at ${price:.2f} an hour"
+    return text + "."
 
 
 def _result(run: Run) -> str:

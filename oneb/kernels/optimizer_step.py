@@ -122,12 +122,12 @@ def lion_step_plain(
         key: from ``rounding_key``.
     """
     beta1, beta2 = betas
-    for first, p, g, m in _chunks(param, grad, exp_avg):
+    for first, p, g, m in chunks(param, grad, exp_avg):
         g32, p32 = g.float() * grad_scale, p.float()
         update = torch.sign(beta1 * m + (1 - beta1) * g32)
         new_m = beta2 * m + (1 - beta2) * g32
         new_p = p32 - lr * (update + weight_decay * p32)
-        _write_where_finite(grad_scale, first, key, (p, new_p), (m, new_m))
+        write_where_finite(grad_scale, first, key, (p, new_p), (m, new_m))
 
 
 def adamw_step_plain(
@@ -145,8 +145,8 @@ def adamw_step_plain(
             corrections are 1 - beta ** n_updates.
     """
     beta1, beta2 = betas
-    mean_factor, root_factor = _bias_factors(betas, n_updates)
-    for first, p, g, m, v in _chunks(param, grad, exp_avg, exp_avg_sq):
+    mean_factor, root_factor = bias_factors(betas, n_updates)
+    for first, p, g, m, v in chunks(param, grad, exp_avg, exp_avg_sq):
         g32, p32 = g.float() * grad_scale, p.float()
         new_m = beta1 * m + (1 - beta1) * g32
         new_v = beta2 * v + (1 - beta2) * g32 * g32
@@ -154,22 +154,22 @@ def adamw_step_plain(
         root = new_v.double().sqrt().float()
         update = mean_factor * new_m / (root_factor * root + eps)
         new_p = p32 - lr * (update + weight_decay * p32)
-        _write_where_finite(grad_scale, first, key, (p, new_p), (m, new_m), (v, new_v))
+        write_where_finite(grad_scale, first, key, (p, new_p), (m, new_m), (v, new_v))
 
 
-def _bias_factors(betas: tuple[float, float], n_updates: int) -> tuple[float, float]:
+def bias_factors(betas: tuple[float, float], n_updates: int) -> tuple[float, float]:
     """What turns m into its bias-corrected mean, and sqrt(v) into its bias-corrected root."""
     return 1 / (1 - betas[0] ** n_updates), (1 - betas[1] ** n_updates) ** -0.5
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+def chunks(*tensors: Tensor) -> Iterator[tuple[Any, ...]]:
     """(index of the first element, a flat view of each tensor) for every ``_CHUNK`` elements."""
     flat = [tensor.view(-1) for tensor in tensors]
     for first in range(0, flat[0].numel(), _CHUNK):
         yield first, *(tensor[first:first + _CHUNK] for tensor in flat)
 
 
-def _write_where_finite(
+def write_where_finite(
     grad_scale: Tensor, first: int, key: int, weight: tuple[Tensor, Tensor], *states: tuple[Tensor, Tensor],
 ) -> None:
     """Copy each (old, new) pair's new into its old, the weight rounded, unless the step is skipped."""
@@ -182,7 +182,7 @@ def _write_where_finite(
 
 # ---- the kernels: line by line the twins above ---------------------------------------------------
 
-_mix32 = jit(mix32)
+mix32_jit = jit(mix32)  # for kernels
 
 
 @jit
@@ -202,10 +202,11 @@ def _round_fp16(magnitude, noise):
 
 
 @jit
-def _store_rounded(param_ptr, offsets, mask, value, key):
+def store_rounded_jit(param_ptr, offsets, mask, value, key):
+    """Store fp32 values as ``stochastic_round`` makes them, with the noise of their elements."""
     dtype: tl.constexpr = param_ptr.dtype.element_ty
     if dtype != tl.float32:
-        noise = _mix32(offsets.to(tl.uint32) ^ key.to(tl.uint32, bitcast=True))
+        noise = mix32_jit(offsets.to(tl.uint32) ^ key.to(tl.uint32, bitcast=True))
         bits = value.to(tl.uint32, bitcast=True)
         magnitude = bits & 0x7FFFFFFF
         if dtype == tl.bfloat16:
@@ -231,7 +232,7 @@ def _lion_kernel(
         direction = beta1 * m + one_minus_beta1 * g
         update = (direction > 0).to(tl.float32) - (direction < 0).to(tl.float32)
         tl.store(exp_avg_ptr + offsets, beta2 * m + one_minus_beta2 * g, mask=mask)
-        _store_rounded(param_ptr, offsets, mask, p - lr * (update + weight_decay * p), key)
+        store_rounded_jit(param_ptr, offsets, mask, p - lr * (update + weight_decay * p), key)
 
 
 def _adamw_kernel(
@@ -251,7 +252,7 @@ def _adamw_kernel(
         update = tl.div_rn(mean_factor * m, root_factor * tl.sqrt_rn(v) + eps)
         tl.store(exp_avg_ptr + offsets, m, mask=mask)
         tl.store(exp_avg_sq_ptr + offsets, v, mask=mask)
-        _store_rounded(param_ptr, offsets, mask, p - lr * (update + weight_decay * p), key)
+        store_rounded_jit(param_ptr, offsets, mask, p - lr * (update + weight_decay * p), key)
 
 
 # The key differs at every step and must not compile a kernel anew; n_elements may specialise, as
@@ -266,7 +267,7 @@ def lion_step_fused(
 ) -> None:
     """``lion_step_plain`` as one Triton kernel; the same arguments, the same bits."""
     beta1, beta2 = betas
-    _launch(
+    launch(
         _lion_kernel, param, grad, exp_avg, grad_scale, key=key,
         scalars=(lr, beta1, 1 - beta1, beta2, 1 - beta2, weight_decay),
     )
@@ -278,13 +279,14 @@ def adamw_step_fused(
 ) -> None:
     """``adamw_step_plain`` as one Triton kernel; the same arguments, the same bits."""
     beta1, beta2 = betas
-    _launch(
+    launch(
         _adamw_kernel, param, grad, exp_avg, exp_avg_sq, grad_scale, key=key,
-        scalars=(lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, *_bias_factors(betas, n_updates)),
+        scalars=(lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, *bias_factors(betas, n_updates)),
     )
 
 
-def _launch(kernel: Any, *tensors: Tensor, key: int, scalars: tuple[float, ...]) -> None:
+def launch(kernel: Any, *tensors: Tensor, key: int, scalars: tuple[float, ...]) -> None:
+    """Run an update's kernel over all elements of ``tensors[0]``, a block of them a program."""
     n_elements = tensors[0].numel()
     assert n_elements <= 2**31 - _BLOCK, "offsets in the kernel are 32-bit"
     if n_elements == 0:

@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from oneb.kernels.optimizer_step import (
-    _bias_factors,
-    _chunks,
-    _launch,
-    _mix32,
-    _store_rounded,
-    _write_where_finite,
+    bias_factors,
+    chunks,
     element_noise,
+    launch,
     mix32,
+    mix32_jit,
+    store_rounded_jit,
+    write_where_finite,
 )
 from oneb.kernels.runtime import jit, tl
 
@@ -102,13 +102,13 @@ def lion8bit_step_plain(
         exp_avg_scale: (n_state_blocks(param.numel()),) fp32.
     """
     beta1, beta2 = betas
-    for first, p, g, codes in _chunks(param, grad, exp_avg):
+    for first, p, g, codes in chunks(param, grad, exp_avg):
         scales = _scales_of(exp_avg_scale, first, p.numel())
         g32, p32, m = g.float() * grad_scale, p.float(), decode(codes, scales)
         update = torch.sign(beta1 * m + (1 - beta1) * g32)
         new_codes, new_scales = encode(beta2 * m + (1 - beta2) * g32, _noise(key, _FIRST, first, p), codes.dtype)
         new_p = p32 - lr * (update + weight_decay * p32)
-        _write_where_finite(grad_scale, first, key, (p, new_p), (codes, new_codes), (scales, new_scales))
+        write_where_finite(grad_scale, first, key, (p, new_p), (codes, new_codes), (scales, new_scales))
 
 
 def adamw8bit_step_plain(
@@ -125,8 +125,8 @@ def adamw8bit_step_plain(
         exp_avg_sq_scale: (n_state_blocks(param.numel()),) fp32.
     """
     beta1, beta2 = betas
-    mean_factor, root_factor = _bias_factors(betas, n_updates)
-    for first, p, g, codes, sq_codes in _chunks(param, grad, exp_avg, exp_avg_sq):
+    mean_factor, root_factor = bias_factors(betas, n_updates)
+    for first, p, g, codes, sq_codes in chunks(param, grad, exp_avg, exp_avg_sq):
         scales, sq_scales = (_scales_of(scale, first, p.numel()) for scale in (exp_avg_scale, exp_avg_sq_scale))
         g32, p32, old_root = g.float() * grad_scale, p.float(), decode(sq_codes, sq_scales)
         new_m = beta1 * decode(codes, scales) + (1 - beta1) * g32
@@ -136,7 +136,7 @@ def adamw8bit_step_plain(
         new_p = p32 - lr * (update + weight_decay * p32)
         new_codes, new_scales = encode(new_m, _noise(key, _FIRST, first, p), codes.dtype)
         new_sq_codes, new_sq_scales = encode(root, _noise(key, _SECOND, first, p), sq_codes.dtype)
-        _write_where_finite(
+        write_where_finite(
             grad_scale, first, key, (p, new_p), (codes, new_codes), (scales, new_scales),
             (sq_codes, new_sq_codes), (sq_scales, new_sq_scales),
         )
@@ -190,7 +190,7 @@ def _store_encoded(
     reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     units = tl.minimum(magnitude * reciprocal[:, None], LARGEST * LARGEST * LARGEST)
     below = _floor_cbrt(units)
-    noise = _mix32(offsets.to(tl.uint32) ^ _mix32(key.to(tl.uint32, bitcast=True) ^ MOMENT))
+    noise = mix32_jit(offsets.to(tl.uint32) ^ mix32_jit(key.to(tl.uint32, bitcast=True) ^ MOMENT))
     uniform = ((noise >> 9).to(tl.float32) + 0.5) * (2.0**-23)
     gap = 3 * below * (below + 1) + 1
     code = below + (uniform * gap < units - below * below * below).to(tl.float32)
@@ -216,7 +216,7 @@ def _lion8bit_kernel(
         update = (direction > 0).to(tl.float32) - (direction < 0).to(tl.float32)
         _store_encoded(exp_avg_ptr, exp_avg_scale_ptr, offsets, mask, block_ids, block_mask,
                        beta2 * m + one_minus_beta2 * g, key, FIRST, LEAST_SCALE)
-        _store_rounded(param_ptr, offsets, mask, p - lr * (update + weight_decay * p), key)
+        store_rounded_jit(param_ptr, offsets, mask, p - lr * (update + weight_decay * p), key)
 
 
 def _adamw8bit_kernel(
@@ -241,7 +241,7 @@ def _adamw8bit_kernel(
                        m, key, FIRST, LEAST_SCALE)
         _store_encoded(exp_avg_sq_ptr, exp_avg_sq_scale_ptr, offsets, mask, block_ids, block_mask,
                        root, key, SECOND, LEAST_SCALE)
-        _store_rounded(param_ptr, offsets, mask, p - lr * (update + weight_decay * p), key)
+        store_rounded_jit(param_ptr, offsets, mask, p - lr * (update + weight_decay * p), key)
 
 
 _lion8bit_kernel = jit(_lion8bit_kernel, do_not_specialize=["key"])
@@ -254,7 +254,7 @@ def lion8bit_step_fused(
 ) -> None:
     """``lion8bit_step_plain`` as one Triton kernel; the same arguments, the same bits."""
     beta1, beta2 = betas
-    _launch(
+    launch(
         _lion8bit_kernel, param, grad, exp_avg, exp_avg_scale, grad_scale, key=key,
         scalars=(lr, beta1, 1 - beta1, beta2, 1 - beta2, weight_decay),
     )
@@ -267,7 +267,7 @@ def adamw8bit_step_fused(
 ) -> None:
     """``adamw8bit_step_plain`` as one Triton kernel; the same arguments, the same bits."""
     beta1, beta2 = betas
-    _launch(
+    launch(
         _adamw8bit_kernel, param, grad, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, grad_scale, key=key,
-        scalars=(lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, *_bias_factors(betas, n_updates)),
+        scalars=(lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, *bias_factors(betas, n_updates)),
     )

@@ -12,9 +12,6 @@ from oneb.data.order import eval_offsets
 from oneb.data.tokens import Tokens
 from oneb.model.transformer import Transformer
 
-# One unit of --eval-iters. Fixed in tokens, so that runs with other batches see the same text.
-EVAL_ITER_TOKENS = 16384
-
 
 @dataclass(frozen=True)
 class Validation:

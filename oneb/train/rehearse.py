@@ -26,8 +26,8 @@ from oneb.fit import Fit
 from oneb.kernels.attention import SDP_BACKENDS
 from oneb.schedules import reached
 from oneb.train.recorder import Recorder
-from oneb.train.resume import StartingPoint, continued, restore
-from oneb.train.rundir import LAST, RunDirectory, read_sidecar, run_directory
+from oneb.train.resume import StartingPoint, restore
+from oneb.train.rundir import LAST, RunDirectory, continued, read_sidecar, run_directory
 from oneb.train.screen import Display, Progress
 from oneb.train.setup import Parts, build
 from oneb.train.signals import StopRequest

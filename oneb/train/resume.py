@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oneb.config import Config, TrainConfig, compute_dtype
+from oneb.config import TrainConfig, compute_dtype
 from oneb.errors import OnebError
 from oneb.train.checkpoint import load_checkpoint, load_weights, set_rng_state
 from oneb.train.rundir import BEST, RunDirectory, read_sidecar
@@ -36,14 +36,6 @@ class StartingPoint:
 
     step: int = 0
     best_val_loss: float = math.inf
-
-
-def continued(config: Config, directory: RunDirectory) -> Config:
-    """``config`` with what it leaves open and the run that it continues has decided: the optimizer."""
-    if directory.resume_from is None or config.optim.optimizer != "auto":
-        return config
-    saved = read_sidecar(directory.resume_from)["optimizer"]
-    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, optimizer=saved))
 
 
 def restore(parts: Parts, directory: RunDirectory) -> StartingPoint:
@@ -92,10 +84,9 @@ def _resume(parts: Parts, directory: RunDirectory) -> StartingPoint:
 
 def _changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What a resumed run does differently from the one it continues, one sentence each."""
+    before, after = _train_config(saved["train"]), _train_config(now["train"])
     if "precision" not in saved["train"]:  # saved before there was the option: all products were in one dtype
-        precision = compute_dtype(TrainConfig(**saved["train"]))
-        saved = {**saved, "train": {**saved["train"], "precision": precision}}
-    before, after = TrainConfig(**saved["train"]), TrainConfig(**now["train"])
+        saved = {**saved, "train": {**saved["train"], "precision": compute_dtype(before)}}
     batches = [
         f"a step at {seq_len} tokens has {after.sequences(seq_len)} sequences, the run that is continued had "
         f"{before.sequences(seq_len)}"
@@ -108,3 +99,9 @@ def _changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name, value in values.items()
         if f"{section}.{name}" not in _HARMLESS and value != saved[section].get(name)
     ]
+
+
+def _train_config(values: dict[str, Any]) -> TrainConfig:
+    """A checkpoint's; another version's may have fields that this one has not."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**{name: value for name, value in values.items() if name in known})

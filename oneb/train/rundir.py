@@ -153,6 +153,22 @@ def read_sidecar(checkpoint: Path) -> dict[str, Any]:
         raise OnebError(f"{sidecar} is damaged; copy it again, or use an older checkpoint of the run") from None
 
 
+def continued(config: Config, directory: RunDirectory) -> Config:
+    """``config`` with what it leaves open and the run that it continues has decided: lion or lion8bit.
+
+    Raises:
+        OnebError: that run's optimizer is one that nothing but ``--optimizer`` chooses. Its weight decay would be
+            another, too.
+    """
+    if directory.resume_from is None or config.optim.optimizer != "auto":
+        return config
+    saved = read_sidecar(directory.resume_from)["optimizer"]
+    if saved not in ("auto", "lion", "lion8bit"):
+        raise OnebError(f"{directory.resume_from} was trained with --optimizer {saved}, and none was given; give the "
+                        f"run's own options, --optimizer {saved} among them")
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, optimizer=saved))
+
+
 def check_resume(config: Config) -> None:
     """Refuse a checkpoint whose model is another shape than the one asked for.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from oneb import __version__, accounting
-from oneb.config import BYTE_VOCAB_SIZE, GPT2_VOCAB_SIZE, Config, compute_dtype, device_defaults
+from oneb.config import BYTE_VOCAB_SIZE, EVAL_ITER_TOKENS, GPT2_VOCAB_SIZE, Config, compute_dtype, device_defaults
 from oneb.data.order import BatchOrder, split_tokens
 from oneb.data.tokens import Tokens, open_tokens
 from oneb.errors import OnebError
@@ -25,7 +25,7 @@ from oneb.roofline import table_speed
 from oneb.schedules import reached
 from oneb.train.compiles import compile_model
 from oneb.train.device import Device, check_precision, open_device
-from oneb.train.evaluate import EVAL_ITER_TOKENS, Validation
+from oneb.train.evaluate import Validation
 
 # What the trainer uses of torch came with these: in-place module compile, grouped-query SDPA, foreach norms by dtype.
 _OLDEST_TORCH = (2, 6)
@@ -158,6 +158,10 @@ def _settle(config: Config, device: Device, notes: list[str]) -> tuple[Config, F
         notes.append(f"the peak of {device.name} is not in our table (oneb/gpus.py): no MFU is shown")
     settled = dataclasses.replace(config, train=train)
     speed = table_speed(settled, device.gpu) if device.gpu else None
-    fitted = fit(settled, device.limit_memory(train.vram_limit_gib), speed)
-    notes += fitted.notes
+    # What "auto" became decides what is counted.
+    here = dataclasses.replace(settled, train=dataclasses.replace(train, device=device.torch.type))
+    fitted = fit(here, device.limit_memory(train.vram_limit_gib), speed)
+    if fitted.is_hopeless:
+        raise OnebError(f"the run {fitted.notes[-1]}; what is given with --batch-size and --grad-checkpoint is tried "
+                        "wherever at least weights and optimizer fit")
     return dataclasses.replace(settled, optim=dataclasses.replace(config.optim, optimizer=fitted.optimizer)), fitted

@@ -25,8 +25,8 @@ from oneb.train import checkpoint
 from oneb.train.clock import StepClock, process_age_s
 from oneb.train.compiles import compilations
 from oneb.train.recorder import Recorder, open_recorder
-from oneb.train.resume import StartingPoint, continued, restore
-from oneb.train.rundir import BEST, LAST, RunDirectory, claimed, run_directory
+from oneb.train.resume import StartingPoint, restore
+from oneb.train.rundir import BEST, LAST, RunDirectory, claimed, continued, run_directory
 from oneb.train.setup import Parts, build, describe
 from oneb.train.signals import StopRequest
 
@@ -87,6 +87,7 @@ class Trainer:
         self.saved_at = start.step if directory.resume_from in (None, directory.path / LAST) else -1
         self.compiled: int | None = None  # graphs and kernels, once the first step has run
         self.skipped = int(parts.scaler.skipped_steps)
+        self.updating = False  # weights are changing, some of them changed: no checkpoint now
 
     @property
     def tokens(self) -> int:
@@ -101,6 +102,8 @@ class Trainer:
         self.recorder.log({"type": "meta", "time": time.time(), **describe(self.parts, self.step)})
         for note in self.parts.notes:
             self.recorder.warn(self.step, note)
+        for note in self.fit.notes:
+            self.event("fit", note)
         if self.directory.resume_from:
             self.event("resume", f"continues {self.directory.resume_from} at step {self.step}")
 
@@ -143,12 +146,14 @@ class Trainer:
             self.analyse()
         lr = lr_at(self.step, schedule=optim.lr_schedule, peak_lr=optim.lr, min_lr=optim.min_lr,
                    warmup_steps=optim.warmup_steps, steps=steps)
+        self.updating = True
         # A norm that is not finite makes this scale NaN, and the optimizer leaves weights and state alone.
         optimizer.step(lr, self.step, clip_scale(norm, optim.grad_clip, scaler.inv_scale))
         scaler.update(norm)
         if float8:
             float8.step()
         optimizer.zero_grad()
+        self.updating = False
         return total, norm, lr
 
     def _gradients_within_memory(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -301,12 +306,17 @@ class Trainer:
         """An analysis row, from the gradients of the step under way."""
         with self._aside():
             level = self.config.log.instrument
-            probe = None
-            if level == "full":
-                seq_len = min(_PROBE_TOKENS, self.config.model.max_seq_len)
-                probe = self.parts.validation.probe(self.parts.model, seq_len)
-            scale = self.parts.scaler.inv_scale.item()
-            row = analyse(self.parts.model, probe, level, grad_scale=scale)
+            try:
+                probe = None
+                if level == "full":
+                    seq_len = min(_PROBE_TOKENS, self.config.model.max_seq_len)
+                    probe = self.parts.validation.probe(self.parts.model, seq_len)
+                scale = self.parts.scaler.inv_scale.item()
+                row = analyse(self.parts.model, probe, level, grad_scale=scale)
+            except torch.OutOfMemoryError:  # fallback: a look at the run must not end it
+                self.recorder.warn(self.step, "the GPU has no memory left for this analysis: it is left out; a lower "
+                                   f"--instrument than {level} needs less")
+                return
             self.recorder.log({"type": "analysis", "step": self.step + 1, **row})
 
     def event(self, name: str, message: str, **details: Any) -> None:
@@ -358,6 +368,10 @@ class Trainer:
 
     def rescue(self) -> None:
         """Save the last whole step after an error, which the caller then raises."""
+        if self.updating:
+            self.recorder.warn(self.step, f"an error ended the run within the update of step {self.step}, and left "
+                               f"weights that belong to no step: {LAST} stays as it is")
+            return
         self.recorder.warn(self.step, f"an error ended the run at step {self.step}; saving {LAST}")
         try:
             self._save_last()
