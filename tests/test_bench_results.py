@@ -115,7 +115,8 @@ def test_rows_stored_without_an_expected_speed_get_it_from_their_options(record)
     rows = results.with_expected(record)["rows"]
     assert len(rows) >= 6
     for row, before in zip(rows, stored, strict=True):
-        assert row["expected_tok_s"] == pytest.approx(row["tok_s"], rel=0.15)
+        rel = 0.15 if row["batch_size"] * row["seq_len"] > 2048 else 0.3  # then the host's speed is what counts
+        assert row["expected_tok_s"] == pytest.approx(row["tok_s"], rel=rel)
         assert before is None or row["expected_tok_s"] == pytest.approx(before, rel=0.1)
 
 

@@ -40,8 +40,9 @@ _BATCHES = 4  # different ones that the timed steps take in turn
 _EVAL_S = 2.0  # about as long as the evaluation takes, where the whole would take longer
 _SAMPLES = 64  # windows of the data that are looked at
 _COMPARED_STEPS = 2
-# A uniform guess has a loss of ln(vocabulary), a fresh model of any width in use at most a nat more.
-_WORSE_THAN_A_GUESS = 2.0
+# A uniform guess has a loss of ln(vocabulary), a fresh model of any width in use at most a nat more. Lion's first steps
+# without warm-up have been seen to add three (1b, gqa_kv2), and to come down again; what diverges adds dozens.
+_WORSE_THAN_A_GUESS = 5.0
 # Kernels of a GPU add attention's gradients in whatever order they finish, in 16 bits: a loss repeats itself to about
 # 1e-4. Without the saved fp8 scales new ones are found, and round differently (fp8 has 4 significant bits).
 _TOLERANCE = 1e-3
