@@ -7,7 +7,7 @@ user gave a number it is obeyed, and whether it fits is said.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -105,6 +105,31 @@ class Fit:
     def at(self, seq_len: int) -> PhaseFit:
         """What was chosen for sequences of ``seq_len`` tokens."""
         return next(phase for phase in self.phases if phase.seq_len == seq_len)
+
+    def divisions(self) -> list[dict[str, int]]:
+        """How each length's step is divided, as plain containers: what a checkpoint keeps for :meth:`divided_as`."""
+        names = ("seq_len", "batch_size", "grad_accum")
+        return [{name: getattr(phase, name) for name in names} for phase in self.phases]
+
+    def divided_as(self, earlier: Sequence[Mapping[str, int]]) -> Fit:
+        """This with the micro-batches of an earlier part of the run, where they are left open and still fit.
+
+        Sums then have the same order as before, and a resumed run can be the same in every bit.
+        """
+        before = {entry["seq_len"]: entry for entry in earlier}
+        train, phases = self.config.train, []
+        for phase in self.phases:
+            entry = before.get(phase.seq_len)
+            if entry and train.batch_size is None and (
+                    entry["batch_size"] * entry["grad_accum"] == train.sequences(phase.seq_len)):
+                as_before = _least_recomputed(self.config, phase.seq_len, entry["batch_size"], self.budget_bytes,
+                                              self.optimizer)
+                if self.budget_bytes is None or as_before.peak_bytes <= self.budget_bytes:
+                    phase = as_before
+            phases.append(phase)
+        changed = dataclasses.replace(self, phases=tuple(phases))
+        return self if changed.phases == self.phases else dataclasses.replace(
+            changed, notes=tuple(_batch_notes(changed, None)))
 
     def smaller(self, seq_len: int) -> Fit:
         """This with less memory at ``seq_len``, after it ran out: half the micro-batch, or else more recomputation.

@@ -129,6 +129,21 @@ def test_an_interrupted_rehearsal_leaves_nothing(tmp_path):
     assert str(tmp_path) not in listed
 
 
+def test_what_a_killed_rehearsal_left_is_removed_by_the_next_one(tmp_path, capsys):
+    """And not what another launcher may be using; here the next one stops early, at data that is not there."""
+    root = tmp_path / "runs"
+    old, new = root / ".rehearsal_old", root / ".rehearsal_new"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "last.pt").write_bytes(b"x" * 1000)
+    os.utime(old, (time.time() - 2 * 3600,) * 2)
+    config = configuration(root, path=str(tmp_path / "missing.npy"))
+    with pytest.raises(OnebError, match=r"missing\.npy"):
+        rehearse(sys.executable, words(config), config)
+    assert list(root.iterdir()) == [new]
+    assert str(old) in capsys.readouterr().out
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("given", [{}, {"deterministic": True}, {"precision": "fp8"}, {"save_optim": False}], ids=str)
 def test_a_rehearsal_on_the_gpu(tmp_path, given):

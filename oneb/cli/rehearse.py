@@ -30,6 +30,7 @@ from oneb.units import format_count, format_duration, format_gib
 
 RESULT = "rehearsal.json"  # in the rehearsal's folder: what its processes measured
 _FOLDER_PREFIX = ".rehearsal_"
+_ABANDONED_S = 3600  # a rehearsal takes a minute or two
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def rehearse(interpreter: str, words: Sequence[str], config: Config) -> Rehearsa
     root = Path(config.run.root).absolute()
     checkpoint = run_directory(config).resume_from
     start_step = read_sidecar(checkpoint)["step"] if checkpoint else 0
+    _remove_abandoned(root)
     _check_disk(config, root, _least_disk_use(config), start_step)
     command = [interpreter, "-m", "oneb.train", *words]
     with _Child() as child, _scratch_folder(root) as folder:
@@ -153,6 +155,15 @@ def _check_disk(config: Config, root: Path, disk: Disk, start_step: int, reclaim
     raise OnebError(f"the run's checkpoints take {format_gib(needed)} ({format_gib(disk.last_bytes)} each, best.pt "
                     f"{format_gib(disk.best_bytes)}), and {there} has {format_gib(free)} free; make room, or give "
                     f"{', or '.join(fixes)}")
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Delete what rehearsals left whose launcher was killed: some GiB each."""
+    for folder in root.glob(f"{_FOLDER_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):  # another launcher was as quick
+            if time.time() - folder.stat().st_mtime > _ABANDONED_S:
+                print(f"[note] removing {folder}, which a killed rehearsal left", flush=True)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

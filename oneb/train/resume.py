@@ -73,6 +73,8 @@ def _resume(parts: Parts, directory: RunDirectory) -> StartingPoint:
             parts.float8.load_state_dict(state)
         parts.float8.refresh_weights()
     set_rng_state(saved["rng"])
+    # Checkpoints of earlier versions do not say how their steps were divided.
+    parts.fit = parts.fit.divided_as(saved.get("fit", ()))
     parts.notes += _changes(saved["config"], parts.config.to_dict())
     best_val_loss = saved["best_val_loss"]
     best = directory.path / BEST

@@ -346,6 +346,7 @@ class Trainer:
             # Scales that nobody has found yet would be taken for found ones.
             "float8": float8.state_dict() if float8 and float8.calibrated else None,
             "rng": checkpoint.rng_state(),
+            "fit": self.fit.divisions(),
             "step": self.step,
             "tokens": self.tokens,
             "best_val_loss": self.best_val_loss,
