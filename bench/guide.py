@@ -52,7 +52,7 @@ def shortened(words: list[str], data: str, root: Path) -> list[str]:
         words += ["--steps", str(STEPS)]
     if "--wandb" in words:
         words += ["--wandb-mode", "offline"]
-    return [*words, "--run-root", str(root), "--log-every", "5", "--no-rehearse"]
+    return [*words, "--run-root", str(root), "--log-every", "5"]
 
 
 def compressed(words: list[str]) -> list[str] | None:
@@ -76,8 +76,8 @@ def run_line(name: str, words: list[str], root: Path) -> dict[str, Any]:
         at = first.index("--ckpt")
         first = [*first[:at], *first[at + 2:]]
         first[first.index("--steps") + 1] = str(STEPS // 2)
-        launch([*first, "--run"], root / "first.log")
-    code, began = launch([*words, "--run"], root / "log")
+        launch(first, root / "first.log")
+    code, began = launch(words, root / "log")
     shown = {"line": name, "options": shlex.join(words)}
     runs = [path.parent for path in root.glob("*/train.jsonl")]
     if code or len(runs) != 1:

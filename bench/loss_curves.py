@@ -51,8 +51,8 @@ def run(args: argparse.Namespace, options: str) -> dict[str, Any]:
     """One run's losses by step."""
     tag = re.sub(r"\W+", "_", f"loss {options}").strip("_")
     words = ["--data", args.data, "--tag", tag, "--run-root", str(args.run_root), "--if-exists", "error",
-             "--log-every", "1", "--no-save-optim", "--no-rehearse", *args.extra, *shlex.split(options)]
-    code, _ = launch([*words, "--run"], args.run_root / f"{tag}.log")
+             "--log-every", "1", "--no-save-optim", *args.extra, *shlex.split(options)]
+    code, _ = launch(words, args.run_root / f"{tag}.log")
     if code:
         return {"name": options, "options": words, "val_loss": None, "train_loss": []}
     (directory,) = args.run_root.glob(f"{tag}_*_seed*")

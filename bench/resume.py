@@ -36,7 +36,7 @@ def main() -> int:
             words = [*args.options, "--steps", str(steps), "--log-every", "1", "--eval-every", "0",
                      "--warmup-steps", "1", "--lr-schedule", "constant", "--run-root", str(args.run_root / name)]
             log = args.run_root / f"{name}{number}.log"
-            code, _ = launch([*words, *(["--resume"] if number else []), "--run"], log)
+            code, _ = launch([*words, *(["--resume"] if number else [])], log)
             if code:
                 raise SystemExit(f"{name}: exit code {code}\n" + "\n".join(log.read_text().splitlines()[-25:]))
         return next((args.run_root / name).glob("*/train.jsonl")).parent

@@ -18,11 +18,15 @@ from oneb.files import read_json_lines  # noqa: E402
 
 
 def launch(words: list[str], log: Path) -> tuple[int, float]:
-    """Run ``run_1b_launch.py`` with ``words``, its output into ``log``; returns (exit code, start as unix time)."""
+    """Start the run of ``words`` by ``run_1b_launch.py``, without a rehearsal, its output into ``log``.
+
+    Returns:
+        (exit code, start as unix time).
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.time()
     with open(log, "w") as output:
-        command = [sys.executable, "run_1b_launch.py", *words]
+        command = [sys.executable, "run_1b_launch.py", *words, "--run", "--no-rehearse"]
         code = subprocess.run(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT).returncode
     return code, began
 

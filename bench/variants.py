@@ -42,7 +42,7 @@ def main() -> int:
         words = ["--data", args.data, "--variant", variant, "--train-seq-len", str(args.seq_len),
                  "--batch-size", str(args.batch_size), "--grad-accum", str(args.grad_accum), "--steps", str(args.steps),
                  "--warmup-steps", str(max(1, args.steps // 10)), "--eval-every", str(max(1, args.steps // 2)),
-                 "--log-every", "5", "--run-root", str(args.run_root), "--no-save-optim", *args.extra, "--run"]
+                 "--log-every", "5", "--run-root", str(args.run_root), "--no-save-optim", *args.extra]
         log = args.run_root / f"{variant}.log"
         shutil.rmtree(args.run_root / f"oneb_{variant}_seed1337", ignore_errors=True)
         meter = Meter()
