@@ -220,9 +220,11 @@ class RunConfig:
     if_exists: str = option("--if-exists", "what to do when the run directory is there already", "suffix",
                             choices=("suffix", "skip", "error", "resume"))
     save_every: int = option("--save-every", "steps between step*.pt checkpoints; 0 = only at the end", 0, type=int)
+    save_minutes: float = option("--save-minutes", "minutes between saves of last.pt; 0 = off", 15.0, type=float)
+    keep_last: int = option("--keep-last", "newest step*.pt that are kept; 0 = all", 0, type=int)
     save_optim: bool = option("--save-optim", "optimizer state in last.pt and step*.pt, to resume", True, type=bool)
     ckpt: str | None = option("--ckpt", "checkpoint to start from (weights only, or all of it with --resume)")
-    resume: bool = option("--resume", "continue --ckpt, or the run directory's last.pt, exactly", False, type=bool)
+    resume: bool = option("--resume", "continue --ckpt, or the run's newest checkpoint, exactly", False, type=bool)
     price: float | None = option("--price", "dollars an hour of the machine: plan and summary then show what the run "
                                  "costs", type=float)
 

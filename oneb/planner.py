@@ -68,7 +68,8 @@ class Disk:
     Attributes:
         last_bytes: a ``last.pt`` or ``step*.pt``: weights, and the optimizer's state unless ``--no-save-optim``.
         best_bytes: ``best.pt``, weights only.
-        step_files: how many ``step*.pt`` there will be; ``last.pt`` is one file with the newest that is its like.
+        step_files: how many ``step*.pt`` there will be at the end; ``last.pt`` is one file with the newest that is its
+            like.
         total_bytes: all of them, and a ``last.pt`` more: a new one is whole before the old one goes.
     """
 
@@ -249,10 +250,12 @@ def disk_use(config: Config) -> Disk:
     stored = sum(accounting.parameter_counts(model).values()) + padding
     weights = stored * accounting.BYTES[train.param_dtype]
     last = weights + (state_bytes(model, config.optim.optimizer) if run.save_optim else 0)
-    files = train.steps // run.save_every if run.save_every else 0
-    # last.pt is a file of its own unless the last step was one to save at.
-    kept = files + (not run.save_every or train.steps % run.save_every > 0)
-    return Disk(last, weights, files, (kept + 1) * last + weights)
+    saved = train.steps // run.save_every if run.save_every else 0
+    files = min(saved, run.keep_last) if run.keep_last > 0 else saved
+    # Once all are saved, last.pt is a file of its own unless the last step was one to save at. Where some are removed
+    # it may be one at every save: --save-minutes made it, and the next step*.pt is whole before one goes.
+    own_last = saved > files or not run.save_every or train.steps % run.save_every > 0
+    return Disk(last, weights, files, (files + own_last + 1) * last + weights)
 
 
 def seconds_before(phases: Phases, step: int, step_seconds: Callable[[int], float]) -> float:

@@ -180,7 +180,7 @@ def _range_faults(config: Config) -> list[str]:
         (config.run, ("price",), lambda v: v is None or 0 <= v < math.inf, "must not be negative, and a number"),
         (config.train, ("eval_every",), lambda v: v >= 0, not_negative),
         (config.train, ("seed",), lambda v: 0 <= v < 2**63, "must be between 0 and 2**63 - 1"),
-        (config.run, ("save_every",), lambda v: v >= 0, not_negative),
+        (config.run, ("save_every", "save_minutes", "keep_last"), lambda v: v >= 0, not_negative),
         (config.log, ("log_every",), lambda v: v >= 1, positive),
         (config.log, ("analysis_every",), lambda v: v >= 0, not_negative),
         (config.optim, ("lr",), lambda v: 0 < v < math.inf, "must be above 0, and a number"),

@@ -59,7 +59,8 @@ DEFAULTS = {
     "--steps": 20000, "--optimizer": "auto", "--lr": 2e-4, "--grad-clip": 1.0, "--batch-size": None,
     "--grad-accum": 16, "--batch-tokens": None, "--grad-checkpoint": "auto", "--vram-limit-gib": None, "--price": None,
     "--seq-schedule": ((0, 1024), (10000, 2048)), "--eval-every": 500, "--eval-iters": 10, "--log-every": 20,
-    "--save-every": 0, "--ckpt": None, "--resume": False, "--save-optim": True, "--opt-fused": True, "--amp": None,
+    "--save-every": 0, "--save-minutes": 15.0, "--keep-last": 0,
+    "--ckpt": None, "--resume": False, "--save-optim": True, "--opt-fused": True, "--amp": None,
     "--analysis-every": 0, "--live": "auto", "--wandb": False,
 }
 CHOICES = {
@@ -303,7 +304,8 @@ def test_every_fault_is_reported_at_once():
 
 INTEGER_FLAGS = ("--d-model", "--layers", "--n-head", "--d-ff", "--block", "--sem-dim", "--geo-dim", "--attn-dim",
                  "--kv-head", "--vocab-size", "--steps", "--batch-size", "--grad-accum", "--train-seq-len",
-                 "--warmup-steps", "--eval-every", "--log-every", "--save-every", "--seed", "--target-tokens")
+                 "--warmup-steps", "--eval-every", "--log-every", "--save-every", "--keep-last", "--seed",
+                 "--target-tokens")
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
@@ -383,7 +385,7 @@ def configs(draw):
         compile=draw(st.sampled_from([None, True, False])))
     run = RunConfig(**draw(instances(
         RunConfig, root=TEXT, tag=st.from_regex(r"\A\w[\w.-]{0,9}\Z"), save_every=EVERY, ckpt=st.none() | TEXT,
-        price=st.none() | st.floats(0, 99))))
+        save_minutes=st.floats(0, 99), keep_last=EVERY, price=st.none() | st.floats(0, 99))))
     names = {f"wandb_{name}": st.none() | TEXT for name in ("entity", "name", "group", "tags", "id")}
     log = LogConfig(**draw(instances(LogConfig, log_every=st.integers(1, 99), analysis_every=EVERY,
                                      wandb_project=TEXT, **names)))

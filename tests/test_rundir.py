@@ -15,11 +15,11 @@ def config(tmp_path: Path, **given):
     return resolve({"root": str(tmp_path), "path": "demo", "size": "nano", **given})
 
 
-def write_checkpoint(path: Path, model) -> None:
+def write_checkpoint(path: Path, model, **more) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"weights")
     shape = model if isinstance(model, dict) else dataclasses.asdict(model)
-    values = {"step": 7, "tokens": 70, "sha256": "0" * 64, "bytes": 7, "best_val_loss": 1.5, "model": shape}
+    values = {"step": 7, "tokens": 70, "sha256": "0" * 64, "bytes": 7, "best_val_loss": 1.5, "model": shape, **more}
     sidecar_path(path).write_text(json.dumps(values))
 
 
@@ -56,8 +56,9 @@ def test_resume_if_there_is_something_to_resume(tmp_path):
     assert run_directory(wanted).resume_from is None
     (tmp_path / NAME).mkdir()
     assert run_directory(wanted).resume_from is None
-    (tmp_path / NAME / "last.pt").write_bytes(b"a save that was cut short has no sidecar")
-    assert run_directory(wanted).resume_from is None
+    (tmp_path / NAME / "last.pt").write_bytes(b"copied without its sidecar: there was a run, so it must not start anew")
+    with pytest.raises(OnebError, match=r"is whole: .*last\.pt has no last\.pt\.json"):
+        run_directory(wanted)
     write_checkpoint(tmp_path / NAME / "last.pt", wanted.model)
     assert run_directory(wanted).resume_from == tmp_path / NAME / "last.pt"
     assert run_directory(wanted).path == tmp_path / NAME
@@ -73,6 +74,39 @@ def test_resume_continues_in_the_same_directory(tmp_path):
     named = config(tmp_path, resume=True, ckpt=str(tmp_path / NAME / "step5.pt"))
     write_checkpoint(tmp_path / NAME / "step5.pt", wanted.model)
     assert run_directory(named).resume_from == tmp_path / NAME / "step5.pt"
+
+
+@pytest.mark.parametrize("asked", [{"resume": True}, {"if_exists": "resume"}])
+def test_the_newest_is_the_one_that_was_saved_last(tmp_path, asked):
+    wanted = config(tmp_path, **asked)
+    saved = {"step00000004.pt": (1, 4), "step00000008.pt": (2, 8), "last.previous.pt": (3, 6), "last.pt": (3, 6)}
+    for name, (serial, step) in saved.items():
+        write_checkpoint(tmp_path / NAME / name, wanted.model, serial=serial, step=step)
+    write_checkpoint(tmp_path / NAME / "best.pt", wanted.model, serial=9, step=9)  # cannot be continued
+    chosen = run_directory(wanted)
+    order = [path.name for path in (chosen.resume_from, *chosen.older)]
+    assert order == ["last.pt", "last.previous.pt", "step00000008.pt", "step00000004.pt"]
+    (tmp_path / NAME / "last.pt").write_bytes(b"weigh")
+    chosen = run_directory(wanted)
+    assert chosen.resume_from.name == "last.previous.pt"
+    assert "last.pt has 5 bytes, its sidecar says 7" in chosen.note
+    for name in saved:
+        sidecar_path(tmp_path / NAME / name).unlink()
+    with pytest.raises(OnebError, match="is whole: ") as caught:
+        run_directory(wanted)
+    assert all(name in str(caught.value) for name in saved)
+
+
+def test_earlier_versions_did_not_count_saves(tmp_path):
+    wanted = config(tmp_path, resume=True)
+    for step in (30, 4, 200):
+        write_checkpoint(tmp_path / NAME / f"step{step:08d}.pt", wanted.model, step=step)
+    write_checkpoint(tmp_path / NAME / "last.pt", wanted.model, step=200)
+    chosen = run_directory(wanted)
+    assert [path.name for path in (chosen.resume_from, *chosen.older)] == [
+        "last.pt", "step00000200.pt", "step00000030.pt", "step00000004.pt"]
+    write_checkpoint(tmp_path / NAME / "last.pt", wanted.model, step=31, serial=1)
+    assert run_directory(wanted).resume_from.name == "last.pt"
 
 
 def test_a_checkpoint_exists_only_once_its_sidecar_does(tmp_path):

@@ -148,7 +148,7 @@ def _check_disk(config: Config, root: Path, disk: Disk, start_step: int, reclaim
     if needed <= free:
         return
     fixes = ["another --run-root"]
-    if left := disk.step_files - done:
+    if (left := disk.step_files - done) > 0:
         fixes.insert(0, f"a larger --save-every (now {config.run.save_every}, which makes {left} more files)")
     if config.run.save_optim:
         fixes.append("--no-save-optim (the run can then not be resumed exactly)")

@@ -10,8 +10,17 @@ from typing import Any
 
 from oneb.config import TrainConfig, compute_dtype
 from oneb.errors import OnebError
-from oneb.train.checkpoint import load_checkpoint, load_weights, set_rng_state
-from oneb.train.rundir import BEST, RunDirectory, read_sidecar
+from oneb.schedules import tokens_before
+from oneb.train.checkpoint import load_checkpoint, load_weights, rng_state, set_rng_state
+from oneb.train.rundir import (
+    BEST,
+    CheckpointError,
+    RunDirectory,
+    fault,
+    none_whole,
+    previous_path,
+    whole_sidecar,
+)
 from oneb.train.setup import Parts
 
 # Options, or sections of them, that change nothing about what is computed from a given step on. What --amp and
@@ -30,10 +39,12 @@ class StartingPoint:
     """What the loop continues from, beside the weights and the optimizer in ``parts``.
 
     Attributes:
+        checkpoint: what is continued; None for a run from step 0.
         step: optimizer steps done.
         best_val_loss: lowest validation loss so far, nats a token; inf before the first evaluation.
     """
 
+    checkpoint: Path | None = None
     step: int = 0
     best_val_loss: float = math.inf
 
@@ -42,7 +53,8 @@ def restore(parts: Parts, directory: RunDirectory) -> StartingPoint:
     """Load into ``parts`` what the run starts from.
 
     Raises:
-        OnebError: the checkpoint is not whole, holds another model, or cannot be continued with this data.
+        OnebError: no checkpoint of those to choose from is whole, or the one that is holds another model or cannot be
+            continued with this data.
     """
     if directory.resume_from:
         return _resume(parts, directory)
@@ -55,8 +67,7 @@ def restore(parts: Parts, directory: RunDirectory) -> StartingPoint:
 
 
 def _resume(parts: Parts, directory: RunDirectory) -> StartingPoint:
-    path = directory.resume_from
-    saved = load_checkpoint(path)
+    path, saved = _newest_undamaged(directory, parts.notes)
     if saved["optimizer"] is None:
         raise OnebError(f"{path} was saved without optimizer state (best.pt, or --no-save-optim), so it cannot be "
                         "continued exactly; leave out --resume to start a new run from its weights")
@@ -78,10 +89,53 @@ def _resume(parts: Parts, directory: RunDirectory) -> StartingPoint:
     parts.notes += _changes(saved["config"], parts.config.to_dict())
     best_val_loss = saved["best_val_loss"]
     best = directory.path / BEST
-    if best.exists() and (found := read_sidecar(best))["step"] <= saved["step"]:
+    found = whole_sidecar(best) or whole_sidecar(previous_path(best))
+    if found and found["step"] <= saved["step"]:
         # A finished run evaluates after its last save.
         best_val_loss = min(best_val_loss, found["best_val_loss"] or math.inf)
-    return StartingPoint(saved["step"], best_val_loss)
+    return StartingPoint(path, saved["step"], best_val_loss)
+
+
+def _newest_undamaged(directory: RunDirectory, notes: list[str]) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint whose content is what its sidecar says; ``notes`` gets what is wrong with newer ones."""
+    faults = []
+    for path in (directory.resume_from, *directory.older):
+        try:
+            saved = load_checkpoint(path)
+        except CheckpointError as error:
+            if not directory.older:
+                raise
+            faults.append(fault(error))
+        else:
+            notes += [f"passed over to continue {path}: {text}" for text in faults]
+            return path, saved
+    raise none_whole(directory.path, faults)
+
+
+def snapshot(
+    parts: Parts, *, step: int, best_val_loss: float, divisions: list[dict[str, int]], with_optimizer: bool
+) -> dict[str, Any]:
+    """What a checkpoint holds, for :func:`oneb.train.checkpoint.save_checkpoint`: all that :func:`restore` reads.
+
+    Args:
+        divisions: how each length's steps are divided (:meth:`oneb.fit.Fit.divisions`).
+    """
+    train, float8 = parts.config.train, parts.float8
+    return {
+        "config": parts.config.to_dict(),
+        "model": parts.model.state_dict(),
+        "optimizer": parts.optimizer.state_dict() if with_optimizer else None,
+        "scaler": parts.scaler.state_dict(),
+        # Scales that nobody has found yet would be taken for found ones.
+        "float8": float8.state_dict() if float8 and float8.calibrated else None,
+        "rng": rng_state(),
+        "fit": divisions,
+        "step": step,
+        "tokens": tokens_before(train.phases, step, train.sequences),
+        "best_val_loss": best_val_loss,
+        "data_fingerprint": parts.tokens.fingerprint,
+        "encoding": parts.encoding,
+    }
 
 
 def _changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

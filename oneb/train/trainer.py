@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from oneb.train import checkpoint
 from oneb.train.clock import StepClock, process_age_s
 from oneb.train.compiles import compilations
 from oneb.train.recorder import Recorder, open_recorder
-from oneb.train.resume import StartingPoint, restore
+from oneb.train.resume import StartingPoint, restore, snapshot
 from oneb.train.rundir import BEST, LAST, RunDirectory, claimed, continued, run_directory
 from oneb.train.setup import Parts, build, describe
 from oneb.train.signals import StopRequest
@@ -47,6 +48,7 @@ def train(config: Config) -> int:
     # Nothing is written before it is known that the run can start.
     parts = build(continued(config, chosen), print)
     start = restore(parts, chosen)
+    chosen = dataclasses.replace(chosen, resume_from=start.checkpoint)  # an older one, where the newest is damaged
     if start.step >= config.train.steps:
         print(f"nothing to do: {chosen.resume_from} has done {start.step} of {config.train.steps} steps")
         return 0
@@ -85,6 +87,7 @@ class Trainer:
         self.evaluated_at = -1
         # What the run starts from need not be saved again, if it is this directory's own.
         self.saved_at = start.step if directory.resume_from in (None, directory.path / LAST) else -1
+        self.saved_time = time.monotonic()  # of last.pt, seconds
         self.compiled: int | None = None  # graphs and kernels, once the first step has run
         self.skipped = int(parts.scaler.skipped_steps)
         self.updating = False  # weights are changing, some of them changed: no checkpoint now
@@ -132,6 +135,9 @@ class Trainer:
                     self.evaluate()
                 if self._due(self.config.run.save_every):
                     self.save_step()
+                elif 0 < self.config.run.save_minutes <= (time.monotonic() - self.saved_time) / 60:
+                    with self.clock.pause():
+                        self._save_last()
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor, float]:
         """One optimizer step; nothing here waits for the device.
@@ -331,34 +337,25 @@ class Trainer:
             path = self.directory.path / f"step{self.step:08d}.pt"
             self._save(path, with_optimizer=self.config.run.save_optim)
             checkpoint.link_checkpoint(path, self.directory.path / LAST)
-            self.saved_at = self.step
-            self.event("checkpoint", f"saved {path.name}")
+            checkpoint.prune_checkpoints(self.directory.path, self.config.run.keep_last)
+            self._saved(path)
             self.recorder.refresh_report(self.step)
 
     def _save(self, path: Path, *, with_optimizer: bool) -> None:
-        parts, float8 = self.parts, self.parts.float8
         self.recorder.status(f"saving {path.name}")
-        checkpoint.save_checkpoint(path, {
-            "config": self.config.to_dict(),
-            "model": parts.model.state_dict(),
-            "optimizer": parts.optimizer.state_dict() if with_optimizer else None,
-            "scaler": parts.scaler.state_dict(),
-            # Scales that nobody has found yet would be taken for found ones.
-            "float8": float8.state_dict() if float8 and float8.calibrated else None,
-            "rng": checkpoint.rng_state(),
-            "fit": self.fit.divisions(),
-            "step": self.step,
-            "tokens": self.tokens,
-            "best_val_loss": self.best_val_loss,
-            "data_fingerprint": parts.tokens.fingerprint,
-            "encoding": parts.encoding,
-        })
+        checkpoint.save_checkpoint(path, snapshot(
+            self.parts, step=self.step, best_val_loss=self.best_val_loss, divisions=self.fit.divisions(),
+            with_optimizer=with_optimizer))
+
+    def _saved(self, path: Path) -> None:
+        self.saved_at, self.saved_time = self.step, time.monotonic()
+        self.event("checkpoint", f"saved {path.name}")
 
     def _save_last(self) -> None:
         """``last.pt`` of the current step, unless it is that already or there is nothing new in it."""
         if self.saved_at != self.step:
-            self._save(self.directory.path / LAST, with_optimizer=self.config.run.save_optim)
-            self.saved_at = self.step
+            self._save(path := self.directory.path / LAST, with_optimizer=self.config.run.save_optim)
+            self._saved(path)
 
     def _how_to_continue(self) -> str:
         if not self.config.run.save_optim:
