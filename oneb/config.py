@@ -198,6 +198,10 @@ class TrainConfig:
                                   type=bool)
     compile_mode: str = option("--compile-mode", "torch.compile mode", "default",
                                choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
+    spike_zscore: float = option("--spike-zscore", "roll back where the loss stays so many robust standard deviations "
+                                 "above its recent median; 0 = off", 10.0, type=float)
+    max_rollbacks: int = option("--max-rollbacks", "times that the run may go back to its last good checkpoint, past "
+                                "the data at which loss or gradients went wrong; then it stops", 3, type=int)
 
     def sequences(self, seq_len: int) -> int:
         """Sequences an optimizer step (the global batch) where sequences are ``seq_len`` tokens long."""
@@ -222,9 +226,13 @@ class RunConfig:
     save_every: int = option("--save-every", "steps between step*.pt checkpoints; 0 = only at the end", 0, type=int)
     save_minutes: float = option("--save-minutes", "minutes between saves of last.pt; 0 = off", 15.0, type=float)
     keep_last: int = option("--keep-last", "newest step*.pt that are kept; 0 = all", 0, type=int)
+    save_to: str | None = option("--save-to", "second place for checkpoints, copied there in the background and "
+                                 "read back: a folder (a mounted drive) or s3://bucket/folder")
     save_optim: bool = option("--save-optim", "optimizer state in last.pt and step*.pt, to resume", True, type=bool)
     ckpt: str | None = option("--ckpt", "checkpoint to start from (weights only, or all of it with --resume)")
     resume: bool = option("--resume", "continue --ckpt, or the run's newest checkpoint, exactly", False, type=bool)
+    allow_change: bool = option("--allow-change", "let --resume continue with options that change the result", False,
+                                type=bool)
     price: float | None = option("--price", "dollars an hour of the machine: plan and summary then show what the run "
                                  "costs", type=float)
 
@@ -240,6 +248,7 @@ class LogConfig:
     analysis_every: int = option("--analysis-every", "steps between analysis rows; 0 = none", 0, type=int)
     live: str = option("--live", "display: a progress line (auto), plain lines, a rich dashboard", "auto",
                        choices=("auto", "off", "basic", "rich"))
+    tensorboard: bool = option("--tensorboard", "log to TensorBoard, into the run directory", False, type=bool)
     wandb: bool = option("--wandb", "log to Weights & Biases", False, type=bool)
     wandb_project: str = option("--wandb-project", "W&B project", "oneb")
     wandb_entity: str | None = option("--wandb-entity", "W&B user or team")

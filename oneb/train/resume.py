@@ -29,6 +29,7 @@ _HARMLESS = {
     "run", "log", "data.path", "train.device", "train.eval_every", "train.eval_iters", "train.fused_blocks",
     "train.compile", "train.compile_mode", "train.grad_checkpoint", "train.deterministic", "optim.fused",
     "model.max_seq_len", "train.amp", "train.amp_dtype", "train.vram_limit_gib",
+    "train.spike_zscore", "train.max_rollbacks",
     # How a step is divided is free; its size is compared by itself.
     "train.batch_size", "train.grad_accum", "train.batch_tokens",
 }
