@@ -77,6 +77,7 @@ def run_line(name: str, words: list[str], root: Path) -> dict[str, Any]:
         first = [*first[:at], *first[at + 2:]]
         first[first.index("--steps") + 1] = str(STEPS // 2)
         launch(first, root / "first.log")
+        words = [*words, "--allow-change"]  # its cosine ended with its fewer steps
     code, began = launch(words, root / "log")
     shown = {"line": name, "options": shlex.join(words)}
     runs = [path.parent for path in root.glob("*/train.jsonl")]

@@ -73,7 +73,7 @@ def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter where it is nested too deep
             if number < len(lines):
                 raise ValueError(f"{path}: line {number} is not JSON: {line[:80]!r}") from None
     return rows

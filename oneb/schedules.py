@@ -19,7 +19,7 @@ LR_SCHEDULES = ("constant", "cosine", "linear", "wsd")
 # Share of the run that wsd spends decaying: Hägele et al. 2024 (arXiv 2405.18392) find 10-20% enough.
 WSD_DECAY_FRACTION = 0.2
 
-_ENTRY = re.compile(r"\s*(\d+)\s*@\s*(\d+)\s*")
+_ENTRY = re.compile(r"\s*(\d{1,18})\s*@\s*(\d{1,18})\s*")
 
 
 def parse_seq_schedule(text: str) -> Phases:
@@ -32,7 +32,7 @@ def parse_seq_schedule(text: str) -> Phases:
     for entry in text.split(","):
         match = _ENTRY.fullmatch(entry)
         if match is None:
-            faults.append(f"{entry.strip()!r} is not LENGTH@STEP (for example 1024@0)")
+            faults.append(f"{entry.strip()[:80]!r} is not LENGTH@STEP (for example 1024@0)")
             continue
         seq_len, start = int(match[1]), int(match[2])
         if seq_len < 1:

@@ -10,6 +10,7 @@ GIB = 2**30
 
 _COUNT_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COUNT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(?:e(\d{1,2}))?\s*([KMBT]?)", re.IGNORECASE)
+_LONGEST = 100  # characters, and more than any count needs
 
 
 def parse_count(text: str) -> int:
@@ -21,6 +22,8 @@ def parse_count(text: str) -> int:
         OnebError: if the text is not a positive whole number of things.
     """
     match = _COUNT.fullmatch(text.strip().replace("_", "").replace(",", ""))
+    if len(text) > _LONGEST:
+        text, match = f"{text[:40]}…", None
     if match is None:
         raise OnebError(f"{text!r} is not a count; write a whole number such as 100M, 1.5B or 4096")
     mantissa, exponent, suffix = match.groups()
@@ -30,6 +33,9 @@ def parse_count(text: str) -> int:
     value, remainder = divmod(int((whole or "0") + fraction) * scale, 10 ** len(fraction))
     if remainder or value < 1:
         raise OnebError(f"{text!r} is {'less than one' if value < 1 else 'not a whole number'}; "
+                        "write a whole number such as 100M, 1.5B or 4096")
+    if value >= 2**63:
+        raise OnebError(f"{text!r} is more than there can be of anything here; "
                         "write a whole number such as 100M, 1.5B or 4096")
     return value
 

@@ -7,3 +7,4 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from data_helpers import *  # noqa: E402, F403
+from small_disk import *  # noqa: E402, F403

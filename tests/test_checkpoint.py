@@ -22,8 +22,8 @@ from oneb.files import read_json_lines
 from oneb.planner import disk_use, settled
 from oneb.presets import resolve
 from oneb.train import checkpoint, recorder
+from oneb.train.run import train
 from oneb.train.rundir import checkpoints, claimed, previous_path, read_sidecar, run_directory, sidecar_path
-from oneb.train.trainer import train
 
 NAME = "oneb_decoupled_seed1337"
 SAVING = {"size": "nano", "path": "demo", "resume": True}
@@ -137,7 +137,7 @@ def kill_at_random(directory: Path, kills: int, seed: int) -> None:
                 os.replace(directory / "next", directory / "done")
 
         pid = fork(work)
-        time.sleep(chance.uniform(0, 0.06))
+        time.sleep(chance.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
         assert killed_by(pid) == -signal.SIGKILL
         done, found = int((directory / "done").read_text()), newest_step(directory)
@@ -198,7 +198,7 @@ def test_a_kill_before_any_change_to_the_directory_leaves_a_whole_checkpoint(tmp
 @pytest.mark.parametrize("kills", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_kill_at_a_random_moment_loses_nothing_but_the_save_under_way(tmp_path, kills):
     found = second_process(f"kill_at_random(Path({str(tmp_path)!r}), {kills}, seed=5)")
-    assert found["steps"] > kills / 2  # there was something to interrupt
+    assert found["steps"] > kills / 4  # there was something to interrupt
 
 
 @pytest.mark.parametrize(("kills", "steps"), [(25, 130), pytest.param(200, 1000, marks=pytest.mark.slow)])
@@ -294,7 +294,7 @@ def test_a_checkpoint_that_is_named_is_taken_alone(directory, tmp_path):
 
 def test_after_going_back_the_newest_is_the_one_saved_last(directory, tmp_path):
     back = str(directory / "step00000004.pt")
-    assert train(resumed(tmp_path, ckpt=back, steps=6, lr=5e-4)) == 0
+    assert train(resumed(tmp_path, ckpt=back, steps=6, lr=5e-4, allow_change=True)) == 0
     assert run_directory(resumed(tmp_path)).resume_from == directory / "last.pt"
     assert read_sidecar(directory / "last.pt")["step"] == 6
     assert run_directory(resumed(tmp_path)).older[0] == directory / "step00000012.pt"

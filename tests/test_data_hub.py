@@ -1,153 +1,315 @@
-"""Streaming from the Hub, against a loopback server that speaks enough of its protocol."""
+"""Downloads from the Hub: the real client, in a process of its own, against a Hub on loopback that fails to order."""
 
 from __future__ import annotations
 
-import json
-import re
-import threading
+import hashlib
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BytesIO
-from urllib.parse import unquote, urlsplit
+from email.utils import formatdate
+from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-
-from oneb.cli import prepare as command
-from oneb.data import sources
-from oneb.data.sources import SOURCES, Skipped, hub_documents
-from oneb.errors import OnebError
-
-DATASET = SOURCES["fineweb-edu"]
-TEXTS = [[f"document {number} of file {file} " + "word " * (number % 50) for number in range(400)]
-         for file in range(2)]
-
-
-@dataclass
-class Hub:
-    """Files of one dataset at one revision; ``ranges`` records what was downloaded."""
-
-    files: dict[str, bytes]
-    endpoint: str = ""
-    ranges: list[tuple[str, int, int]] = field(default_factory=list)
-    broken: bool = False
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    hub: Hub
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_POST(self) -> None:  # paths-info
-        form = unquote(self.rfile.read(int(self.headers["Content-Length"])).decode().replace("+", " "))
-        self.send_json([self.entry(name) for name in self.hub.files if name in form])
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        api, content = f"/api/datasets/{DATASET.repo}/", f"/datasets/{DATASET.repo}/resolve/{DATASET.revision}/"
-        if path == f"{api}revision/{DATASET.revision}":
-            self.send_json({"id": DATASET.repo, "sha": DATASET.revision, "siblings": []})
-        elif path.startswith(f"{api}tree/{DATASET.revision}"):
-            self.send_json(self.children(path.removeprefix(f"{api}tree/{DATASET.revision}").strip("/")))
-        elif path.startswith(content) and path.removeprefix(content) in self.hub.files and not self.hub.broken:
-            self.send_range(path.removeprefix(content))
-        else:
-            self.send_body(404, b"not found")
-
-    def children(self, folder: str) -> list[dict]:
-        """The files and folders directly under ``folder``."""
-        prefix = f"{folder}/" if folder else ""
-        below = [name.removeprefix(prefix) for name in self.hub.files if name.startswith(prefix)]
-        folders = sorted({name.partition("/")[0] for name in below if "/" in name})
-        return ([self.entry(prefix + name) for name in below if "/" not in name]
-                + [{"type": "directory", "path": prefix + name, "oid": "0" * 40} for name in folders])
-
-    def entry(self, name: str) -> dict:
-        return {"type": "file", "path": name, "size": len(self.hub.files[name]), "oid": "0" * 40}
-
-    def send_range(self, name: str) -> None:
-        data = self.hub.files[name]
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", f"bytes=0-{len(data) - 1}"))
-        first, last = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
-        self.hub.ranges.append((name, first, last + 1))
-        self.send_body(206, data[first:last + 1], {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
-
-    def send_json(self, value: object) -> None:
-        self.send_body(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def send_body(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body)), "ETag": '"1"'} | (headers or {})).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-
-def parquet(texts: list[str]) -> bytes:
-    buffer = BytesIO()
-    noise = [np.random.default_rng(number).bytes(2000) for number in range(len(texts))]
-    pq.write_table(pa.table({"id": noise, "text": texts}), buffer, row_group_size=100)
-    return buffer.getvalue()
+from hub_client import FILES, FIRST, REPO, SIZE, Outcome, World
+from hub_server import COMMIT, Fault, Hub, serve
+from small_disk import fill, make_read_only
 
 
 @pytest.fixture
-def hub(monkeypatch) -> Iterator[Hub]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    hub = Hub({f"sample/10BT/{number:03d}_00000.parquet": parquet(texts) for number, texts in enumerate(TEXTS)})
-    hub.files["sample/10BT/README.md"] = b"not data"
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield hub
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def world(tmp_path) -> Iterator[World]:
+    with serve(Hub({REPO: dict(FILES)})) as hub:
+        yield World(hub, tmp_path / "home")
 
 
-def test_documents_arrive_in_order(hub):
-    skipped = Skipped()
-    assert list(hub_documents(DATASET, "text", skipped, hub.endpoint)) == TEXTS[0] + TEXTS[1]
-    assert str(skipped) == ""
+def assert_whole(outcome: Outcome, path: str = FIRST) -> None:
+    assert not outcome.error
+    assert Path(outcome.paths[0]).read_bytes() == FILES[path]
+    assert outcome.client == outcome.paths
+    assert outcome.steps[-1] == [len(FILES[path])] * 2
 
 
-def test_only_what_is_needed_is_downloaded(hub):
-    documents = hub_documents(DATASET, "text", Skipped(), hub.endpoint)
-    assert next(documents) == TEXTS[0][0]
-    documents.close()
-    assert hub.ranges
-    assert {name for name, _, _ in hub.ranges} == {"sample/10BT/000_00000.parquet"}
+# -- Undisturbed ---------------------------------------------------------------------------------
+
+def test_files_are_listed_over_several_pages(world):
+    outcome = world.run(fetch=[])
+    expected = {path: data for path, data in FILES.items() if path.startswith("sample/")}
+    assert outcome.files == [[path, len(data), hashlib.sha256(data).hexdigest(), COMMIT]
+                             for path, data in sorted(expected.items())]
+    assert len(world.hub.asked()) > 1
+    assert world.hub.asked() == world.hub.asked("api")
+    at_the_root = world.run(fetch=[], pattern="train_*.bin").files
+    assert [path for path, *_ in at_the_root] == ["train_000001.bin"]
 
 
-def test_the_command_streams_the_exact_count(hub, tmp_path, monkeypatch):
-    def from_loopback(*arguments: object) -> Iterator[str]:
-        return hub_documents(*arguments, endpoint=hub.endpoint)
+@pytest.mark.parametrize("revision", [COMMIT, "main"])
+def test_a_file_arrives_once_and_is_the_clients_own(world, revision):
+    first = world.run(revision=revision)
+    assert_whole(first)
+    assert first.files[0][3] == COMMIT
+    have = [n_bytes for n_bytes, _ in first.steps]
+    assert have == sorted(have)
+    assert not first.said
+    assert not world.leftovers()
+    download, = world.hub.asked("cdn")
+    assert (download.start, download.sent) == (0, SIZE)
+    assert not [request for request in world.hub.requests if "xet" in request.path]
+    asked = len(world.hub.asked())
+    again = world.run(revision=revision)
+    assert again.paths == first.paths
+    assert len(world.hub.asked("cdn")) == 1
+    # A commit's listing is known; that of a branch is asked for anew.
+    assert (len(world.hub.asked()) == asked) == (revision == COMMIT)
 
-    monkeypatch.setattr(sources, "hub_documents", from_loopback)
-    output = tmp_path / "x.npy"
-    assert command.main(["--tokens", "30K", "--tokenizer", "bytes", "--output", str(output)]) == 0
-    expected = [token for text in TEXTS[0] + TEXTS[1] for token in (*text.encode(), 256)][:30_000]
-    assert np.load(output).tolist() == expected
-    assert f"source: {DATASET.repo}@{DATASET.revision}" in (tmp_path / "x.npy.meta").read_text()
+
+def test_files_in_git_itself_come_too(world):
+    world.hub.small = 100
+    outcome = world.run(pattern="*.bin", fetch=["train_000001.bin"])
+    assert outcome.files == [["train_000001.bin", 11, None, COMMIT]]
+    assert_whole(outcome, "train_000001.bin")
 
 
-def test_failures_are_explained(hub, monkeypatch):
-    with pytest.raises(OnebError, match="000_00000.parquet has no column 'body'; it has id, text"):
-        next(hub_documents(DATASET, "body", Skipped(), hub.endpoint))
-    hub.broken = True
-    with pytest.raises(OnebError, match="the Hugging Face Hub did not deliver HuggingFaceFW/fineweb-edu"):
-        next(hub_documents(DATASET, "text", Skipped(), hub.endpoint))
-    hub.files.clear()
-    with pytest.raises(OnebError, match="has no files|did not deliver"):
-        next(hub_documents(DATASET, "text", Skipped(), hub.endpoint + "/"))  # a new address: no cached listing
-    with pytest.raises(OnebError, match="did not deliver .*Check the network"):
-        next(hub_documents(DATASET, "text", Skipped(), "http://127.0.0.1:9"))
+def test_the_token_stays_at_the_hub(world):
+    world.hub.gated.add(REPO)
+    refused = world.run()
+    assert "no such dataset, or not for you" in refused.error
+    assert "HF_TOKEN" in refused.error
+    assert_whole(world.run({"HF_TOKEN": "hf_secret"}))
+    asked = world.hub.asked()[-4:]
+    assert {request.authorized for request in asked if request.where != "cdn"} == {True}
+    assert {request.authorized for request in asked if request.where == "cdn"} == {False}
+
+
+def test_offline_with_the_files_in_the_cache(world):
+    world.run_each({}, {"revision": "main"})
+    asked = len(world.hub.asked())
+    *cached, missing = world.run_each({}, {"revision": "main"}, {"fetch": ["sample/001.parquet"]}, HF_HUB_OFFLINE="1")
+    for offline in cached:
+        assert_whole(offline)
+        assert len(offline.files) == 5
+    assert "HF_HUB_OFFLINE is set, and somebody/books/sample/001.parquet is not in the cache" in missing.error
+    assert len(world.hub.asked()) == asked
+
+
+@pytest.mark.parametrize("revision", [COMMIT, "main"])
+def test_offline_with_files_that_the_client_itself_brought(world, revision):
+    world.run(revision=revision)
+    for listing in world.home.rglob("listings/*.json"):
+        listing.unlink()
+    offline = world.run({"HF_HUB_OFFLINE": "1"}, revision=revision)
+    assert_whole(offline)
+    assert [file[0] for file in offline.files] == [FIRST]
+    assert "Going on with the 1 files in the cache, there may be more." in offline.said[0]
+
+
+# -- Interrupted ---------------------------------------------------------------------------------
+
+def test_a_killed_download_continues_by_range(world):
+    for n_bytes in (500_000, 1_500_000, 2_500_000):
+        world.kill_at(n_bytes)
+    assert not world.blob().exists()
+    assert_whole(world.run())
+    assert not world.leftovers()
+    starts = [request.start for request in world.hub.asked("cdn")]
+    assert starts[0] == 0
+    assert all(start >= wanted for start, wanted in zip(starts[1:], (500_000, 1_500_000, 2_500_000), strict=True))
+
+
+@pytest.mark.slow
+def test_downloads_survive_many_kills(world):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        reached = world.hub.asked("cdn")[-1].start if world.hub.asked("cdn") else 0
+        world.kill_at(min(SIZE - 100_000, reached + int(rng.integers(1, 100_000))))
+    assert_whole(world.run())
+    assert not world.leftovers()
+
+
+def test_cut_stalled_and_trickling_connections_continue(world):
+    world.hub.faults += [Fault("cdn", cut_after=1_000_000), Fault("cdn", stall_after=1_000_000),
+                         Fault("cdn", trickle_after=400_000)]
+    outcome = world.run({"HF_HUB_DOWNLOAD_TIMEOUT": "1"}, slowest=[0.5, 30_000.0])
+    assert_whole(outcome)
+    assert len(outcome.said) == 3
+    assert all(f"{REPO}/{FIRST}: " in message for message in outcome.said)
+    assert "Timeout" in outcome.said[1] or "timed out" in outcome.said[1]
+    assert "only" in outcome.said[2]
+    assert outcome.seconds < 20
+    starts = [request.start for request in world.hub.asked("cdn")]
+    # What was under way in the client's buffer at the cut comes again, no more than that.
+    assert all(start > least for start, least in zip(starts, (-1, 900_000, 1_800_000, 2_200_000), strict=True))
+
+
+def test_it_gives_up_only_after_failures_in_a_row(world):
+    world.hub.faults += [Fault("cdn", cut_after=200_000) for _ in range(6)]
+    assert_whole(world.run(tries=2))
+    world.hub.faults += [Fault("cdn", cut_after=0) for _ in range(2)]
+    other = "sample/001.parquet"
+    given_up = world.run(tries=2, fetch=[other])
+    assert "the Hugging Face Hub did not deliver" in given_up.error
+    assert len(given_up.said) == 1
+    assert_whole(world.run(fetch=[other]), other)
+
+
+def test_ranges_that_are_ignored_or_refused_begin_again(world):
+    world.kill_at(1_000_000)
+    world.hub.faults += [Fault("cdn", no_ranges=True, cut_after=500_000), Fault("cdn", status=416)]
+    outcome = world.run()
+    assert_whole(outcome)
+    assert len(outcome.said) == 2
+    assert [request.start > 0 for request in world.hub.asked("cdn")] == [False, True, True, False]
+    # A server without ranges that always cuts would keep a client busy for ever.
+    other = "sample/001.parquet"
+    world.hub.faults += [Fault("cdn", no_ranges=True, cut_after=500_000) for _ in range(9)]
+    assert "did not deliver" in world.run(tries=3, fetch=[other]).error
+
+
+# -- Refused -------------------------------------------------------------------------------------
+
+def test_it_waits_as_long_as_the_server_asks(world):
+    world.hub.faults += [
+        Fault("api", status=429, headers={"RateLimit": '"api";r=0;t=1',
+                                          "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}),
+        Fault("resolve", status=429, headers={"Retry-After": "2"}),
+        # In whole seconds: at least one of them is left.
+        Fault("cdn", status=503, headers={"Retry-After": lambda: formatdate(time.time() + 2, usegmt=True)}),
+    ]
+    outcome = world.run()
+    assert_whole(outcome)
+    assert len(outcome.said) == 3
+    assert all("(as the server asks)" in message for message in outcome.said)
+    at = {where: [request.at for request in world.hub.asked(where)] for where in ("api", "resolve", "cdn")}
+    assert at["api"][1] - at["api"][0] >= 1
+    assert at["resolve"][1] - at["resolve"][0] >= 2
+    assert at["resolve"][2] - at["cdn"][0] >= 0.9
+
+
+def test_a_long_wait_is_left_to_the_user(world):
+    world.hub.faults.append(Fault("resolve", status=429, headers={"Retry-After": "7200"}))
+    outcome = world.run()
+    assert "the server answered 429" in outcome.error
+    assert "run the command again in 2h 00m" in outcome.error
+    assert outcome.seconds < 5
+
+
+def test_server_errors_are_tried_again_everywhere(world):
+    world.hub.faults += [Fault("api", status=502), Fault("resolve", status=500), Fault("cdn", status=503),
+                         Fault("cdn", status=403), Fault("head", status=504)]
+    outcome = world.run(revision="main")
+    assert_whole(outcome)
+    assert {502, 500, 503, 403} <= {int(word) for message in outcome.said for word in message.replace(";", " ").split()
+                                    if word.isdigit()}
+
+
+def test_what_will_not_change_is_not_tried_again(world):
+    world.hub.faults.append(Fault("resolve", status=403, body=b"forbidden"))
+    outcomes = world.run_each(
+        {"repo": "nobody/nothing"}, {"revision": "0" * 40}, {"pattern": "elsewhere/*.parquet"},
+        {"pattern": "sample/*.txt"}, {})
+    words = ["no such dataset, or not for you. Check the name", "not this revision or file", "not this revision",
+             f"{REPO} has no files sample/*.txt at revision {COMMIT}", "the server answered 403"]
+    for outcome, word in zip(outcomes, words, strict=True):
+        assert word in outcome.error
+        assert not outcome.said
+    world.hub.faults.append(Fault("api", status=200, body=b"<html>Welcome to our hotel</html>"))
+    assert "did not answer as the Hugging Face Hub does" in world.run(revision="main").error
+
+
+def test_without_a_network(world):
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    outcome = world.run(nowhere, tries=2)
+    assert f"the listing of {REPO}: the Hugging Face Hub did not deliver" in outcome.error
+    assert len(outcome.said) == 1
+    world.run(revision="main")
+    late = world.run(nowhere, revision="main", tries=2)
+    assert_whole(late)
+    assert "Going on with the listing from last time." in late.said[-1]
+
+
+# -- Damaged -------------------------------------------------------------------------------------
+
+def test_another_hash_is_never_taken(world):
+    world.hub.faults.append(Fault("cdn", flip=True))
+    outcome = world.run()
+    assert_whole(outcome)
+    assert outcome.said == [f"{REPO}/{FIRST} does not have the hash that the Hub lists, downloading it again."]
+    other = "sample/001.parquet"
+    world.hub.faults += [Fault("cdn", flip=True), Fault("cdn", flip=True)]
+    refused = world.run(fetch=[other])
+    assert "arrived twice with another hash than the Hub lists" in refused.error
+    assert not world.blob(other).exists()
+    assert not world.leftovers()
+
+
+def test_a_damaged_partial_file_is_found_at_the_end(world):
+    world.kill_at(1_000_000)
+    partial, = world.leftovers()
+    with open(partial, "r+b") as file:
+        file.seek(1234)
+        file.write(b"\0\0\0\0damage")
+    outcome = world.run()
+    assert_whole(outcome)
+    assert len(outcome.said) == 1
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_damaged_file_in_the_cache_is_replaced(world, damage):
+    world.run()
+    blob = world.blob()
+    with open(blob, "r+b") as file:
+        if damage == "flip":
+            file.seek(SIZE // 2)
+            file.write(bytes([FILES[FIRST][SIZE // 2] ^ 1]))
+        else:
+            file.truncate(SIZE // 2)
+    outcome = world.run()
+    assert_whole(outcome)
+    assert blob.read_bytes() == FILES[FIRST]
+    assert len(world.hub.asked("cdn")) == 2
+
+
+def test_two_processes_share_one_download(world):
+    slow, quick = world.start({"pace": 0.01}), world.start({})
+    for process in (slow, quick):
+        assert_whole(world.outcomes(process)[0])
+    assert sum(request.sent for request in world.hub.asked("cdn")) == SIZE
+
+
+# -- The disk ------------------------------------------------------------------------------------
+
+class _Huge(bytes):
+    def __len__(self) -> int:
+        return 2**60
+
+
+def test_room_is_looked_for_first(world):
+    world.hub.datasets[REPO]["sample/huge.parquet"] = _Huge(b"claims to be huge")
+    refused, fits = world.run_each({"room": True}, {})
+    assert "to download, the disk of" in refused.error
+    assert "HF_HOME" in refused.error
+    assert_whole(fits)
+
+
+def test_a_disk_that_fills_up_meanwhile(world, disk):
+    world.home = disk(8 * 2**20)
+    process = world.start({"pace": 0.01})
+    process.stdout.readline()  # it is under way
+    large = fill(world.home)
+    full, = world.outcomes(process)
+    assert "No space left on device" in full.error
+    assert "HF_HOME" in full.error
+    assert not full.said
+    assert "to download, the disk of" in world.run().error
+    large.unlink()
+    assert_whole(world.run())
+    assert world.hub.asked("cdn")[-1].start > 0
+
+
+def test_a_cache_that_can_only_be_read(world, disk):
+    world.home = disk(8 * 2**20)
+    world.run_each({}, {"revision": "main"})
+    make_read_only(world.home)
+    commit, main, other = world.run_each({}, {"revision": "main"}, {"fetch": ["sample/001.parquet"]})
+    assert_whole(commit)
+    assert_whole(main)
+    assert "Read-only file system" in other.error
+    assert "HF_HOME" in other.error

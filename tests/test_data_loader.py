@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -100,14 +101,54 @@ def test_closing_stops_a_waiting_thread(tokens):
     assert loader_threads() == before
 
 
+def test_a_file_that_is_cut_short_surfaces_at_its_step(tmp_path):
+    path = write_npy(tmp_path / "x.npy", IDS)
+    tokens = open_tokens(str(path), vocab_size=VOCAB)
+    held = int(ORDER.offsets(1).max()) + 17  # all that steps 0 and 1 read
+    os.truncate(path, 128 + 2 * held)
+    beyond = [step for step in range(12) if (ORDER.offsets(step) + ORDER.seq_len(step) >= held).any()]
+    assert beyond[0] == 2  # or choose another seed
+    with BatchLoader(tokens, ORDER, vocab_size=VOCAB, start_step=0, total_steps=12) as loader:
+        for step in range(beyond[0]):
+            assert loader.next().step == step
+        with pytest.raises(OnebError, match=rf"x.npy now ends before token offset {held} \(byte {128 + 2 * held}"):
+            loader.next()
+
+
+def test_a_file_that_is_replaced_is_read_on(tmp_path):
+    path = write_npy(tmp_path / "x.npy", IDS)
+    tokens = open_tokens(str(path), vocab_size=VOCAB)
+    write_npy(tmp_path / "y.npy", IDS[::-1]).replace(path)
+    for batch in load(tokens, 0, 12):
+        expected = [IDS[o:o + batch.seq_len + 1] for o in ORDER.offsets(batch.step)]
+        assert np.array_equal(batch.tokens.numpy(), expected)
+
+
+def test_threads_may_read_at_once(tokens):
+    # The loader's and the evaluation's do.
+    faults = []
+
+    def read(seed: int) -> None:
+        for start in np.random.default_rng(seed).integers(0, len(IDS) - 100, 2000).tolist():
+            if not np.array_equal(tokens.read(start, 100), IDS[start:start + 100]):
+                faults.append(start)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
 def test_wait_is_measured(tokens, monkeypatch):
-    read = tokens.read
+    read_into = tokens.read_into
 
-    def slow_read(start: int, length: int) -> np.ndarray:
+    def slow_read(out: np.ndarray, start: int) -> None:
         time.sleep(0.02)
-        return read(start, length)
+        read_into(out, start)
 
-    monkeypatch.setattr(tokens, "read", slow_read)
+    monkeypatch.setattr(tokens, "read_into", slow_read)
     with BatchLoader(tokens, ORDER, vocab_size=VOCAB, start_step=0, total_steps=3) as loader:
         loader.next()
         assert 0.05 < loader.wait_seconds < 5

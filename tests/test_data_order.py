@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
 
@@ -170,6 +171,134 @@ def test_the_order_never_changes():
         digest.update(order.offsets(step).astype("<i8").tobytes())
     assert order.offsets(0).tolist() == [162367, 814655, 807487, 467519, 115775, 911935, 423487, 546367]
     assert digest.hexdigest()[:16] == "0f5184b5aa5b3658"
+
+
+# ---- batches passed over after a rollback
+
+
+@st.composite
+def skipping_orders(draw, max_skips: int = 4) -> BatchOrder:
+    order = draw(orders(min_train=200))
+    skips = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), max_size=max_skips))
+    return dataclasses.replace(order, skips=tuple(skips))
+
+
+@given(order=skipping_orders())
+def test_no_token_is_used_twice_within_an_epoch_whatever_is_skipped(order):
+    endless = dataclasses.replace(order, n_train=10**6)  # so many tokens that all of it is the first epoch
+    seen = Counter()
+    for step in range(60):
+        if endless.epoch(step + 1) > 1:
+            break
+        for offset in endless.offsets(step).tolist():
+            seen.update(range(offset, offset + endless.seq_len(step)))
+    assert step == 59
+    assert max(seen.values()) == 1
+
+
+@given(order=orders(), data=st.data())
+def test_steps_before_a_skip_are_unchanged_and_later_ones_read_what_would_have_come(order, data):
+    step, batches = data.draw(st.integers(0, 40)), data.draw(st.integers(1, 30))
+    skipping = dataclasses.replace(order, skips=((step, batches),))
+    for before in range(step):
+        assert np.array_equal(skipping.offsets(before), order.offsets(before))
+        assert skipping.epoch(before) == order.epoch(before)
+    # Its phase, and the same phase of an order in which it lasts longer: what "later" means at its end.
+    number = max(n for n, (start, _) in enumerate(order.phases) if start <= step)
+    ends = [start for start, _ in order.phases[1:]] + [step + 20]
+    longer = BatchOrder(order.n_train, order.seed, order.phases[:number + 1], order.batch_sequences[:number + 1])
+    if longer.chunk_len != order.chunk_len:
+        return  # a later phase decides the chunks
+    for after in range(step, ends[number]):
+        assert np.array_equal(skipping.offsets(after), longer.offsets(after + batches))
+
+
+@given(order=orders(), data=st.data())
+def test_later_phases_begin_where_they_would_had_the_phase_lasted_longer(order, data):
+    step, batches = data.draw(st.integers(0, 40)), data.draw(st.integers(1, 30))
+    skipping = dataclasses.replace(order, skips=((step, batches),))
+    number = max(n for n, (start, _) in enumerate(order.phases) if start <= step)
+    moved = tuple((start + batches * (n > number), seq_len) for n, (start, seq_len) in enumerate(order.phases))
+    longer = dataclasses.replace(order, phases=moved)
+    for start, _ in order.phases[number + 1:]:
+        for after in range(start, start + 15):
+            if skipping.phases[skipping._phase(after)][0] == start:
+                assert np.array_equal(skipping.offsets(after), longer.offsets(after + batches))
+
+
+@given(order=skipping_orders(max_skips=2), data=st.data())
+def test_a_skip_is_made_in_the_order_that_the_skips_before_it_left(order, data):
+    """Also one decided further back than an earlier one, whose batches stay unread."""
+    step, batches = data.draw(st.integers(0, 40)), data.draw(st.integers(1, 12))
+    more = dataclasses.replace(order, skips=(*order.skips, (step, batches)))
+    number = max(n for n, (start, _) in enumerate(order.phases) if start <= step)
+    end = (*order.phases, (10**6, 1))[number + 1][0]
+    for at in range(step):
+        assert np.array_equal(more.offsets(at), order.offsets(at))
+    for at in range(step, min(end - batches, step + 20)):
+        assert np.array_equal(more.offsets(at), order.offsets(at + batches))
+
+
+@settings(max_examples=200)
+@given(order=skipping_orders(max_skips=2), first=st.integers(0, 40), length=st.integers(1, 20))
+def test_skipping_leaves_out_what_went_wrong(order, first, length):
+    """Windows of the steps named are in no later step, over phase changes too; the steps before are as they were."""
+    order = dataclasses.replace(order, n_train=10**6)  # so many tokens that all of it is the first epoch
+    skipping = order.skipping(first, first + length - 1)
+    wrong = {token for step in range(first, first + length) for offset in order.offsets(step).tolist()
+             for token in range(offset, offset + order.seq_len(step))}
+    for step in range(first):
+        assert np.array_equal(skipping.offsets(step), order.offsets(step))
+    for step in range(first, first + length + 30):
+        for offset in skipping.offsets(step).tolist():
+            assert wrong.isdisjoint(range(offset, offset + skipping.seq_len(step)))
+    assert skipping.skips[:-1] == order.skips
+
+
+def test_skipping_leaves_out_no_more_than_it_must():
+    order = BatchOrder(n_train=10**5, seed=0, phases=((0, 16), (10, 16), (20, 64)), batch_sequences=(4, 4, 4))
+    assert order.skipping(7, 8).skips == ((7, 2),)
+    assert order.skipping(30, 30).skipping(3, 3).skips == ((30, 1), (3, 1))
+    # Phase 0 opened chunks 0-11 in its ten steps, and phase 1 at step 11 the first window of chunks 12-15: the next
+    # group is that of window 16 of phase 0, nine after the seventh.
+    assert order.skipping(7, 11).skips == ((7, 9),)
+    # Steps 20-22 read chunks 24-35 whole: group 9, window 36.
+    assert order.skipping(7, 22).skips == ((7, 29),)
+    assert order.skipping(12, 20).skips == ((12, 14),)  # chunks 24-27: group 4 of phase 1, window 16, is step 26's
+
+
+@given(order=orders(), data=st.data())
+def test_a_skip_adds_to_what_is_read_of_the_epoch(order, data):
+    step, batches = data.draw(st.integers(0, 30)), data.draw(st.integers(1, 30))
+    skipping = dataclasses.replace(order, skips=((step, batches),))
+    last = order.phases[-1][0]
+    if step < last:
+        return
+    for at in range(step, step + 10):
+        assert skipping.epoch(at) == pytest.approx(order.epoch(at + batches))
+
+
+def test_a_step_is_described_by_the_place_of_its_first_sequence():
+    order = BatchOrder(n_train=1_000_000, seed=1337, phases=((0, 128), (10, 512)), batch_sequences=(8, 1))
+    assert order.describe(0) == "8 sequences of 128 tokens, the first of them at token 162,367"
+    assert order.describe(10).startswith("1 sequence of 512 tokens, the first of them at token ")
+    assert f"{order.offsets(10)[0]:,}" in order.describe(10)
+
+
+@pytest.mark.parametrize("skips", [
+    ((-1, 5),), ((3, 0),), ((3, -2),), ((3, 2.0),), ((3, True),), ((3,),), ((3, 2, 1),), ([3, 2],), ("ab",), (None,),
+    ((0, 2**40), (0, 1)), ((0, 10**30),)])
+def test_skips_of_a_damaged_checkpoint_are_refused(skips):
+    with pytest.raises(OnebError, match="skipped batches .* resume from an older one"):
+        BatchOrder(n_train=1000, seed=0, phases=((0, 16),), batch_sequences=(2,), skips=skips)
+
+
+def test_the_longest_skip_that_is_allowed_overflows_nothing():
+    order = BatchOrder(n_train=10**12, seed=0, phases=((0, 16), (100, 4096)), batch_sequences=(1024, 8),
+                       skips=((0, 2**40),))
+    for step in (0, 99, 100, 10**9):
+        offsets = order.offsets(step)
+        assert 0 <= offsets.min() <= offsets.max() < 10**12
 
 
 def test_data_shorter_than_a_chunk_is_the_users_mistake():

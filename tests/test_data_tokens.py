@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oneb.data import tokens as tokens_module
-from oneb.data.formats import read_tokens
 from oneb.data.tokens import open_tokens
 from oneb.errors import OnebError
 
@@ -84,10 +85,31 @@ def test_every_format_reads_back_equal(tmp_path, kind, automatic):
     assert tokens.files == (str(path),)
 
 
-@pytest.mark.parametrize("kind", ["npy uint16", "bin", "raw"])
-def test_binary_files_are_mapped_not_loaded(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["npy uint16", "npy int64", "bin", "raw", "pt int32"])
+def test_binary_files_are_not_loaded(tmp_path, kind):
     name, data_format, write = WRITERS[kind]
-    assert isinstance(read_tokens(write(tmp_path / name, IDS), data_format), np.memmap)
+    path = write(tmp_path / name, np.resize(IDS, 8 * 2**20))
+    Path(f"{path}.meta").write_text(f"tokens: {8 * 2**20}\nmax_id: {IDS.max()}\n")
+    tracemalloc.start()  # numpy's memory, too
+    tokens = open_tokens(str(path), data_format, vocab_size=VOCAB)
+    read = tokens.read(6_001_000, 500)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(read, np.resize(IDS, 6_001_500)[6_001_000:])
+    assert peak < {"npy int64": 33, "pt int32": 17}.get(kind, 1) * 2**20  # signed ids are looked at, part by part
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_nothing_is_mapped(tmp_path, kind):
+    # Where a mapped file is cut short, the process ends without a word.
+    name, data_format, write = WRITERS[kind]
+    path = write(tmp_path / name, IDS)
+    tokens = open_tokens(str(path), data_format, vocab_size=VOCAB)
+    tokens.read(0, len(IDS))
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("the system does not say what is mapped")
+    assert str(path) not in maps.read_text()
 
 
 @given(cuts=st.lists(st.integers(1, 4999), max_size=6, unique=True), start=st.integers(0, 5000),
@@ -195,6 +217,28 @@ def test_pt_faults(tmp_path):
     assert "cannot be loaded" in message(path, "pt")
 
 
+def test_a_tensor_saved_from_within_another_reads_as_itself(tmp_path):
+    path = tmp_path / "x.pt"
+    whole = torch.tensor(IDS, dtype=torch.int64)
+    for part in (whole[1000:], whole[:70], whole.view(100, 50)[3]):
+        torch.save(part, path)  # with all of the other's data
+        tokens = open_tokens(str(path), "pt", vocab_size=VOCAB)
+        assert np.array_equal(tokens.read(0, tokens.n_tokens), part.numpy())
+    torch.save(whole[::2], path)
+    assert "values are not in a row" in message(path, "pt")
+    torch.save(torch.tensor(5).expand(10**15), path)  # one value, and a promise
+    assert "values are not in a row" in message(path, "pt")
+
+
+def test_a_compressed_pt_file_is_refused(tmp_path):
+    write_pt(tmp_path / "plain.pt", IDS)
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    assert "it is compressed" in message(path, "pt")
+
+
 def test_txt_faults(tmp_path):
     path = tmp_path / "x.txt"
     for text, offset in (("1 2 x3 4", 2), ("1 2.5", 1), ("-1 2", 0), ("5 1_0", 1), ("9" * 30, 0)):
@@ -275,10 +319,17 @@ def test_a_max_id_beyond_the_vocabulary_is_searched_for(tmp_path):
     assert f"at token offset {np.argmax(IDS >= 40000)} is" in message(path, vocab_size=40000)
 
 
-def test_a_sidecar_that_is_not_text(tmp_path):
+def test_a_sidecar_that_is_none(tmp_path):
     path = write_npy(tmp_path / "x.npy", IDS)
     Path(f"{path}.meta").write_bytes(b"\xff\xfe\x00")
     assert "is not text" in message(path)
+    Path(f"{path}.meta").write_bytes(b"source: books\n" * 10_000)
+    assert "more than 65536 bytes" in message(path)
+    Path(f"{path}.meta").write_text("tokens: " + "9" * 5000)  # more digits than Python reads
+    assert "is not a whole number" in message(path)
+    Path(f"{path}.meta").unlink()
+    Path(f"{path}.meta").mkdir()
+    assert "cannot be read" in message(path)
 
 
 def test_different_tokenizers_do_not_mix(tmp_path):

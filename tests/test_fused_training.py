@@ -14,8 +14,9 @@ from oneb.model.attention import Attention
 from oneb.presets import resolve
 from oneb.train.checkpoint import load_checkpoint, save_checkpoint
 from oneb.train.recorder import Recorder
+from oneb.train.run import train
 from oneb.train.setup import build
-from oneb.train.trainer import Trainer, train
+from oneb.train.trainer import Trainer
 
 # Widths in multiples of 16, as fp8 wants them; heads of decoupled are 12 wide.
 SMALL = {
@@ -189,13 +190,13 @@ def test_an_infinity_that_fp8_clamps_is_no_update(tmp_path, monkeypatch):
 
 def test_a_run_may_continue_in_fp8_and_return(tmp_path):
     run(tmp_path, precision="bf16", steps=3)
-    directory = run(tmp_path, precision="fp8", steps=6, resume=True)
+    directory = run(tmp_path, precision="fp8", steps=6, resume=True, allow_change=True)
     assert load_checkpoint(directory / "last.pt")["float8"] is not None
-    run(tmp_path, precision="bf16", steps=9, resume=True)
+    run(tmp_path, precision="bf16", steps=9, resume=True, allow_change=True)
     assert load_checkpoint(directory / "last.pt")["float8"] is None
-    notes = [row["message"] for row in rows(directory, "event") if "train.precision" in row["message"]]
+    notes = [row["message"] for row in rows(directory, "event") if "--precision" in row["message"]]
     assert len(notes) == 2
-    assert "train.precision is fp8, the run that is continued had bf16" in notes[0]
+    assert "--precision: bf16 -> fp8" in notes[0]
     assert sorted(losses(directory)) == list(range(1, 10))
     assert losses(directory)[9] < losses(directory)[1]
 
@@ -204,10 +205,9 @@ def test_a_run_may_continue_in_fp8_and_return(tmp_path):
 def test_a_run_of_the_version_before_continues(tmp_path, precision):
     directory = run(tmp_path, steps=3, param_dtype="bf16")
     without_newer_keys(directory / "last.pt")
-    run(tmp_path, steps=5, param_dtype="bf16", resume=True, precision=precision)
+    run(tmp_path, steps=5, param_dtype="bf16", resume=True, precision=precision, allow_change=precision == "fp8")
     assert sorted(losses(directory)) == list(range(1, 6))
-    changes = [row["message"] for row in rows(directory, "event") if "the run that is continued had" in row["message"]]
-    changes = [text for text in changes if "train.steps" not in text]
+    changes = [row["message"] for row in rows(directory, "event") if "--allow-change" in row["message"]]
     assert len(changes) == (precision == "fp8"), changes
 
 
@@ -217,7 +217,8 @@ def test_scales_that_were_never_found_are_not_saved(tmp_path, monkeypatch):
     def fail(self, tokens):
         raise OSError("before the scales were found")
 
-    config = configuration(tmp_path / "fp8", precision="fp8", steps=5, ckpt=str(bf16 / "last.pt"), resume=True)
+    config = configuration(tmp_path / "fp8", precision="fp8", steps=5, ckpt=str(bf16 / "last.pt"), resume=True,
+                           allow_change=True)
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_calibrate", fail)
         with pytest.raises(OSError, match="before the scales"):

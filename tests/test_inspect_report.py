@@ -206,7 +206,8 @@ def test_what_is_not_a_run_is_answered_with_what_was_meant(tmp_path, capsys):
 def test_report_prints_what_it_wrote(tmp_path, capsys):
     run_dir = whole_run(tmp_path / "demo")
     assert main([str(run_dir)]) == 0
-    assert capsys.readouterr().out.split() == [str(run_dir / n) for n in ("loss.png", "throughput.png", "summary.md")]
+    assert capsys.readouterr().out.split() == [
+        str(run_dir / n) for n in ("loss.png", "throughput.png", "summary.md", "report.html")]
 
 
 def test_reports_need_no_torch():

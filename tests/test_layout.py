@@ -13,10 +13,10 @@ FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "oneb").rglob("*.py"))
 PLACES = (
     (r"oneb/__init__", 0, "oneb"),
     (r"oneb/(units|errors|files|gpus)", 0, "ground"),
-    (r"oneb/(config|presets|schedules|accounting|memory|roofline|fit|planner|advice|sketch)", 1, "plan"),
+    (r"oneb/(config|presets|schedules|accounting|changes|memory|roofline|fit|planner|advice|sketch)", 1, "plan"),
     (r"oneb/(data|kernels|model|optim)/", 2, None),  # None: the folder's name
     (r"oneb/distributed", 2, "distributed"),
-    (r"oneb/train/(trainer|rehearse)", 4, "trainer"),
+    (r"oneb/train/(trainer|rehearse|run\.py)", 4, "trainer"),
     (r"oneb/bench/", 4, "bench"),
     (r"oneb/cli/|oneb/(\w+/)?__main__", 5, "cli"),
     (r"oneb/(train|inspect|use)/", 3, None),

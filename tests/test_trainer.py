@@ -15,7 +15,8 @@ from oneb.errors import OnebError
 from oneb.files import read_json_lines
 from oneb.presets import resolve
 from oneb.train.checkpoint import load_checkpoint
-from oneb.train.trainer import Trainer, train
+from oneb.train.run import train
+from oneb.train.trainer import Trainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NANO = {
@@ -268,7 +269,8 @@ def test_a_signal_saves_and_the_run_continues(tmp_path, signum):
     assert process.returncode == 128 + signum, output
     step = json.loads((log.parent / "last.pt.json").read_text())["step"]
     assert step >= 5
-    more = subprocess.run([*words(step + 3), "--resume"], cwd=REPOSITORY, capture_output=True, text=True)
+    more = subprocess.run([*words(step + 3), "--resume", "--allow-change"], cwd=REPOSITORY, capture_output=True,
+                          text=True)
     assert more.returncode == 0, more.stderr
     assert json.loads((log.parent / "last.pt.json").read_text())["step"] == step + 3
 

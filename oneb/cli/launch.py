@@ -85,9 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = run_directory(config)
     if launch.budget is not None:
         config = resolve({**given, "steps": steps_for_budget(launch.budget, config, machine, directory)})
-    check_resume(config)
+    differences = check_resume(config)
     plan = plan_for(continued(config, directory), machine)
     _print_plan(plan, config, machine, launch, directory)
+    for note in differences:
+        for line in wrapped("[note] ", note):
+            print(line)
     interpreter = find_interpreter()
     words = _print_command(interpreter, config)
     if (directory.skip or _is_done(config, directory)) and (launch.run or launch.rehearse):

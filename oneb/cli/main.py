@@ -13,6 +13,7 @@ _COMMANDS = {
     "plan": "compare GPUs and variants: memory, time and money of a run",
     "train": "train (what launch prints)",
     "prepare": "make a token file from FineWeb-Edu or local text",
+    "data": "look into a token file: statistics and decoded samples",
     "sample": "generate text from a checkpoint",
     "report": "redraw the plots and summary of a run directory",
     "bench": "measure the training step: speed, where its time goes, the hardware's ceilings",

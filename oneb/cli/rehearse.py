@@ -6,7 +6,6 @@ Imports no torch. What the processes do is :mod:`oneb.train.rehearse`.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -23,8 +22,9 @@ from typing import Any
 from oneb.cli.plan_text import wrapped
 from oneb.config import Config
 from oneb.errors import OnebError
-from oneb.planner import Disk, disk_use, settled
-from oneb.train.rundir import read_sidecar, run_directory
+from oneb.planner import Disk
+from oneb.train.disk import check_room, check_start, least_disk_use
+from oneb.train.rundir import run_directory
 from oneb.train.signals import StopRequest
 from oneb.units import format_count, format_duration, format_gib
 
@@ -73,15 +73,14 @@ def rehearse(interpreter: str, words: Sequence[str], config: Config) -> Rehearsa
     """
     began = time.perf_counter()
     root = Path(config.run.root).absolute()
-    checkpoint = run_directory(config).resume_from
-    start_step = read_sidecar(checkpoint)["step"] if checkpoint else 0
+    directory = run_directory(config)
     _remove_abandoned(root)
-    _check_disk(config, root, _least_disk_use(config), start_step)
+    check_start(config, directory)
     command = [interpreter, "-m", "oneb.train", *words]
     with _Child() as child, _scratch_folder(root) as folder:
         child.run([*command, "--rehearsal", str(folder)])
         found = _read(folder)
-        _check_disk(config, root, _measured_disk_use(config, found), start_step, reclaimed=found["checkpoint_bytes"])
+        check_room(config, directory, _measured_disk_use(config, found), reclaimed=found["checkpoint_bytes"])
         child.run([*command, "--rehearsal-check", str(folder)])
         found = _read(folder)
     lengths = {length["seq_len"]: length for length in found["lengths"]}
@@ -115,46 +114,13 @@ def rehearsal_lines(rehearsal: Rehearsal) -> list[str]:
 
 # -- The disk ------------------------------------------------------------------------------------
 
-def _least_disk_use(config: Config) -> Disk:
-    """What the checkpoints will take, before anything has been measured: not more than they will."""
-    if config.optim.optimizer == "auto":
-        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, optimizer="lion8bit"))
-    return disk_use(settled(config))
-
-
 def _measured_disk_use(config: Config, found: dict[str, Any]) -> Disk:
-    """The same from the size of a real checkpoint."""
-    planned = _least_disk_use(config)
+    """What the checkpoints will take, from the size of a real one."""
+    planned = least_disk_use(config)
     # So many of them, by the plan's own count.
     copies = (planned.total_bytes - planned.best_bytes) // planned.last_bytes
     size, weights = found["checkpoint_bytes"], found["weights_bytes"]
     return Disk(size, weights, planned.step_files, copies * size + weights)
-
-
-def _check_disk(config: Config, root: Path, disk: Disk, start_step: int, reclaimed: int = 0) -> None:
-    """That the run's checkpoints will find room.
-
-    Args:
-        start_step: step*.pt files up to there are on the disk already.
-        reclaimed: bytes in use now that will not be.
-
-    Raises:
-        OnebError: they will not.
-    """
-    done = start_step // config.run.save_every if config.run.save_every else 0
-    needed = disk.total_bytes - min(done, disk.step_files) * disk.last_bytes
-    there = next(folder for folder in (root, *root.parents) if folder.exists())
-    free = shutil.disk_usage(there).free + reclaimed
-    if needed <= free:
-        return
-    fixes = ["another --run-root"]
-    if (left := disk.step_files - done) > 0:
-        fixes.insert(0, f"a larger --save-every (now {config.run.save_every}, which makes {left} more files)")
-    if config.run.save_optim:
-        fixes.append("--no-save-optim (the run can then not be resumed exactly)")
-    raise OnebError(f"the run's checkpoints take {format_gib(needed)} ({format_gib(disk.last_bytes)} each, best.pt "
-                    f"{format_gib(disk.best_bytes)}), and {there} has {format_gib(free)} free; make room, or give "
-                    f"{', or '.join(fixes)}")
 
 
 def _remove_abandoned(root: Path) -> None:

@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Segments that grow in place keep long schedules from fragmenting memory. Read when torch first allocates.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     config = config_from_args(args)
+    # W&B's reports about its own client, to a server that does not answer, would hold up the process's end by 15 s.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace only
     try:
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if folder := rehearsal or rehearsal_check:
             return _rehearse(config, folder, is_check=rehearsal is None)
-        from oneb.train.trainer import train
+        from oneb.train.run import train
 
         return train(config)
     except KeyboardInterrupt:  # before the first step: there is nothing to save

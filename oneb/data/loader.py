@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 _POLL_S = 0.1  # how often a full queue looks whether the loader was closed
+_CLOSE_S = 5.0  # a thread that waits longer than this for its disk is left to itself
+# They are the main thread's: one that arrived here would leave it asleep where it waits for a batch.
+_NOT_HERE = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGHUP} if hasattr(signal, "SIGHUP") else set())
 
 
 class Batch(NamedTuple):
@@ -64,7 +68,8 @@ class BatchLoader:
         """The next step's batch.
 
         Raises:
-            OnebError: if the batch holds an id outside the vocabulary, naming file and token offset.
+            OnebError: if the batch holds an id outside the vocabulary, or a file became shorter or cannot be read
+                any more, naming file and token offset.
             StopIteration: after the last step.
             RuntimeError: if the loader was closed.
         """
@@ -86,9 +91,9 @@ class BatchLoader:
         return self
 
     def close(self) -> None:
-        """Stop the thread and wait for it. Safe to call again."""
+        """Stop the thread, and wait for it unless its disk hangs. Safe to call again."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(_CLOSE_S)
 
     def __enter__(self) -> BatchLoader:
         return self
@@ -97,6 +102,8 @@ class BatchLoader:
         self.close()
 
     def _produce(self) -> None:
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_HERE)
         try:
             for step in self._steps:
                 seq_len = self._order.seq_len(step)
@@ -129,13 +136,17 @@ def gather(tokens: Tokens, offsets: np.ndarray, seq_len: int, vocab_size: int,
     """
     import torch
 
-    batch = torch.empty((len(offsets), seq_len + 1), dtype=torch.int32, pin_memory=pin_memory)
-    for row, offset in zip(batch.numpy(), offsets.tolist(), strict=True):
-        source = tokens.read(offset, seq_len + 1)
-        bad = first_bad_id(source, vocab_size)
-        if bad is not None:
-            raise bad_id_error(*tokens.locate(offset + bad), int(source[bad]), vocab_size)
-        row[:] = source
+    ids = np.empty((len(offsets), seq_len + 1), tokens.dtype)
+    starts = offsets.tolist()
+    tokens.expect(starts, seq_len + 1)
+    for row, offset in zip(ids, starts, strict=True):
+        tokens.read_into(row, offset)
+    bad = first_bad_id(ids.reshape(-1), vocab_size)
+    if bad is not None:
+        row, place = divmod(bad, seq_len + 1)
+        raise bad_id_error(*tokens.locate(int(offsets[row]) + place), int(ids[row, place]), vocab_size)
+    batch = torch.empty(ids.shape, dtype=torch.int32, pin_memory=pin_memory)
+    batch.numpy()[:] = ids
     return batch
 
 

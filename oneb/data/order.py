@@ -6,6 +6,10 @@ chunk window by window over consecutive steps. So no window is used twice in an 
 change included, and nothing depends on how many steps the run will have, nor on how a step's
 sequences are divided over micro-batches and GPUs.
 
+A run that went wrong goes back to a checkpoint and passes over the batches at which it did, as PaLM's
+did (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1). Such skips are part of the schedule, so
+that the order stays a pure function.
+
 The order must never change between versions of numpy, so it rests on integer arithmetic given
 here: the splitmix64 finalizer as hash and a Feistel network as permutation.
 """
@@ -13,9 +17,10 @@ here: the splitmix64 finalizer as hash and a Feistel network as permutation.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +29,7 @@ from oneb.errors import OnebError
 _FEISTEL_ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, splitmix64's increment
 _MASK_64 = 2**64 - 1
+_MAX_SKIPPED = 2**40  # batches, all skips together: far from overflowing int64 positions
 _Uint64 = TypeVar("_Uint64", int, np.ndarray)
 
 
@@ -66,15 +72,19 @@ class BatchOrder:
         seed: any integer.
         phases: ``(start_step, seq_len)``, sorted, the first at step 0.
         batch_sequences: B of each phase, sequences a step over all micro-batches and GPUs.
+        skips: ``(step, batches)``, in the order in which they were decided. From ``step`` to the end of its
+            phase each step reads what, with the skips before this one alone, the step ``batches`` later would
+            have read. Later phases begin behind all of that: what was passed over is not read in this epoch.
 
     Raises:
-        OnebError: if the training tokens do not fill one chunk.
+        OnebError: if the training tokens do not fill one chunk, or ``skips`` are not what is written above.
     """
 
     n_train: int
     seed: int
     phases: tuple[tuple[int, int], ...]
     batch_sequences: tuple[int, ...]
+    skips: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         starts = [start for start, _ in self.phases]
@@ -86,6 +96,11 @@ class BatchOrder:
             raise OnebError(f"the training part of the data has {self.n_train} tokens; wanted at least "
                             f"{self.chunk_len + 1}, one sequence of length {self.chunk_len}. "
                             "Use more data or shorter sequences")
+        wrong = [skip for skip in self.skips if not _is_skip(skip)]
+        if wrong or sum(batches for _, batches in self.skips) > _MAX_SKIPPED:
+            raise OnebError(f"skipped batches {(wrong or list(self.skips))[:3]}: wanted pairs (step from 0 on, batches "
+                            f"from 1 on), {_MAX_SKIPPED} batches at most; the checkpoint that they are from is "
+                            "damaged, resume from an older one")
 
     @cached_property
     def chunk_len(self) -> int:
@@ -104,33 +119,69 @@ class BatchOrder:
     def offsets(self, step: int) -> np.ndarray:
         """int64 (B,): the token offset where each sequence of the step starts; it reads T + 1 tokens."""
         phase = self._phase(step)
-        start_step, seq_len = self.phases[phase]
-        group, window = divmod(step - start_step, self.chunk_len // seq_len)
-        sequences = self.batch_sequences[phase]
+        seq_len, sequences = self.phases[phase][1], self.batch_sequences[phase]
+        group, window = divmod(self._batch(phase, step), self.chunk_len // seq_len)
         first = self._first_positions[phase] + group * sequences
         positions = first + np.arange(sequences, dtype=np.int64)
         return self._chunk_offsets(positions) + window * seq_len
 
     def epoch(self, step: int) -> float:
-        """Epochs of the data consumed before ``step``, so also the epochs of a run of ``step`` steps."""
+        """Epochs of the data read or passed over before ``step``, so also the epochs of a run of ``step`` steps."""
         phase = self._phase(step)
-        start_step, seq_len = self.phases[phase]
-        chunks = (step - start_step) * self.batch_sequences[phase] / (self.chunk_len // seq_len)
+        chunks = self._batch(phase, step) * self.batch_sequences[phase] / (self.chunk_len // self.phases[phase][1])
         return (self._first_positions[phase] + chunks) / self.n_chunks
+
+    def describe(self, step: int) -> str:
+        """What a step reads, for logs: ``"8 sequences of 128 tokens, the first of them at token 162,367"``."""
+        sequences = self.batch_sequences[self._phase(step)]
+        return (f"{sequences:,} sequence{'s' * (sequences > 1)} of {self.seq_len(step):,} tokens, "
+                f"the first of them at token {self.offsets(step)[0]:,}")
+
+    def skipping(self, first_step: int, last_step: int) -> BatchOrder:
+        """The order that from ``first_step`` on leaves out all that steps ``first_step .. last_step`` read in this one.
+
+        What lies between those batches is left out with them: where they are of two phases, a little more than they.
+        """
+        assert 0 <= first_step <= last_step, (first_step, last_step)
+        phase, last_phase = self._phase(first_step), self._phase(last_step)
+        after = last_step + 1
+        if last_phase != phase:
+            windows = [self.chunk_len // seq_len for _, seq_len in self.phases]
+            groups = self._batch(last_phase, last_step) // windows[last_phase] + 1
+            end = self._first_positions[last_phase] + groups * self.batch_sequences[last_phase]
+            # Steps in which this phase, were it longer, would only read chunks from position `end` on.
+            batch = -(-(end - self._first_positions[phase]) // self.batch_sequences[phase]) * windows[phase]
+            steps = range(first_step, self.phases[phase][0] + batch + 1)
+            after = steps[bisect.bisect_left(steps, batch, key=lambda step: self._batch(phase, step))]
+        return dataclasses.replace(self, skips=(*self.skips, (first_step, after - first_step)))
 
     def _phase(self, step: int) -> int:
         assert step >= 0, step
         return bisect.bisect_right(self.phases, step, key=lambda phase: phase[0]) - 1
 
+    def _batch(self, phase: int, step: int) -> int:
+        """Which of the phase's batches ``step`` reads, counted from 0 through those that are passed over."""
+        for first, batches in self._phase_skips[phase]:
+            if step >= first:
+                step += batches
+        return step - self.phases[phase][0]
+
+    @cached_property
+    def _phase_skips(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """The skips of each phase, the last decided first: its steps are those of the order with the others."""
+        by_phase: list[list[tuple[int, int]]] = [[] for _ in self.phases]
+        for first, batches in reversed(self.skips):
+            by_phase[self._phase(first)].append((first, batches))
+        return tuple(map(tuple, by_phase))
+
     @cached_property
     def _first_positions(self) -> tuple[int, ...]:
         """Chunk position, counted through all epochs, at which each phase starts: none opened before."""
         positions = [0]
-        for (start, seq_len), (next_start, _), sequences in zip(
-            self.phases, self.phases[1:], self.batch_sequences, strict=False
-        ):
-            groups = -(-(next_start - start) // (self.chunk_len // seq_len))
-            positions.append(positions[-1] + groups * sequences)
+        for phase, (next_start, _) in enumerate(self.phases[1:]):
+            batches = self._batch(phase, next_start - 1) + 1
+            groups = -(-batches // (self.chunk_len // self.phases[phase][1]))
+            positions.append(positions[-1] + groups * self.batch_sequences[phase])
         return tuple(positions)
 
     def _chunk_offsets(self, positions: np.ndarray) -> np.ndarray:
@@ -144,6 +195,11 @@ class BatchOrder:
             shift = hash_ints(key, 0) % (slack + 1)  # so that cuts fall elsewhere each epoch
             offsets[here] = shift + permute(indices[here], self.n_chunks, key) * self.chunk_len
         return offsets
+
+
+def _is_skip(skip: Any) -> bool:
+    return isinstance(skip, tuple) and len(skip) == 2 and all(type(value) is int for value in skip) \
+        and skip[0] >= 0 and skip[1] >= 1
 
 
 def permute(indices: np.ndarray, n: int, key: int) -> np.ndarray:

@@ -22,8 +22,13 @@ class Sidecar:
     format: str | None = None  # "npy uint16" or "npy uint32"
     sha256: str | None = None  # of the token file
     max_id: int | None = None  # the largest id in the file
+    revision: str | None = None  # of the source, where it has any
+    tokenizer_sha256: str | None = None  # of the tokenizer's definition
 
 
+_MAX_BYTES = 2**16  # a sidecar has a few hundred
+_MAX_DIGITS = 18  # what int64 holds whatever the digits
+_OPTIONAL_KEYS = frozenset({"revision", "tokenizer_sha256"})
 _INTEGER_KEYS = frozenset({"tokens", "documents", "vocab_size", "eot", "max_id"})
 
 
@@ -36,16 +41,24 @@ def read_sidecar(path: Path) -> Sidecar | None:
     """The sidecar of the token file ``path``, or None if it has none. Unknown keys are ignored.
 
     Raises:
-        OnebError: if the sidecar is not text or one of the known numbers is not a whole number.
+        OnebError: if the sidecar cannot be read, is not text or one of the known numbers is not a whole number.
     """
     meta_path = sidecar_path(path)
     try:
-        text = meta_path.read_text(encoding="utf-8")
+        with open(meta_path, "rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        text = content.decode("utf-8")
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise OnebError(f"{meta_path} cannot be read: {error.strerror or error}. "
+                        "Delete it, or copy it again beside its token file") from error
     except UnicodeDecodeError:
         raise OnebError(f"{meta_path} is not text; wanted `key: value` lines. "
                         "Delete it, or copy it again beside its token file") from None
+    if len(content) > _MAX_BYTES:
+        raise OnebError(f"{meta_path} has more than {_MAX_BYTES} bytes; wanted a few `key: value` lines. "
+                        "Delete it, or copy it again beside its token file")
     known = {field.name for field in fields(Sidecar)}
     values: dict[str, int | str] = {}
     for line in text.splitlines():
@@ -56,10 +69,12 @@ def read_sidecar(path: Path) -> Sidecar | None:
 
 
 def write_sidecar(path: Path, sidecar: Sidecar) -> None:
-    """Atomically write the sidecar of the token file ``path``; every field must be known."""
+    """Atomically write the sidecar of the token file ``path``; every field but the last two must be known."""
     lines = []
     for field in fields(Sidecar):
         value = str(getattr(sidecar, field.name))
+        if value == "None" and field.name in _OPTIONAL_KEYS:
+            continue
         assert value != "None", f"{field.name} is not known"
         lines.append(f"{field.name}: {' '.join(value.split())}\n")
     write_text(sidecar_path(path), "".join(lines))
@@ -67,7 +82,7 @@ def write_sidecar(path: Path, sidecar: Sidecar) -> None:
 
 def _whole_number(value: str, key: str, meta_path: Path) -> int:
     digits = value.replace(",", "").replace("_", "")
-    if not (digits.isascii() and digits.isdigit()):
-        raise OnebError(f"{meta_path}: `{key}: {value}` is not a whole number. "
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= _MAX_DIGITS):
+        raise OnebError(f"{meta_path}: `{key}: {value[:40]}` is not a whole number. "
                         "Correct that line, or delete the sidecar to go without it")
     return int(digits)

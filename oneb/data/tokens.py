@@ -14,31 +14,39 @@ from pathlib import Path
 import numpy as np
 
 from oneb.config import BYTE_VOCAB_SIZE, DATA_FORMATS, DEMO_DATA
-from oneb.data.formats import SUFFIXES, read_tokens
+from oneb.data.formats import SUFFIXES, open_file
+from oneb.data.reading import HeldBytes, TokenFile, allow_open_files
 from oneb.data.sidecar import Sidecar, read_sidecar, sidecar_path
 from oneb.errors import OnebError
 from oneb.units import format_count
 
 _MAKE_DATA = "python3 prepare_fineweb.py --tokens 100M --output"
-_SCAN_TOKENS = 16 * 2**20
+_SCAN_TOKENS = 4 * 2**20
 _SCAN_QUIET_S = 2.0  # a scan longer than this reports its progress
 _FINGERPRINT_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One token file: ``array`` (n,) maps it; ``name`` is its path as messages show it."""
+    """One token file and what its sidecar says."""
 
-    name: str
-    array: np.ndarray
+    tokens: TokenFile
     sidecar: Sidecar | None
+
+    @property
+    def name(self) -> str:
+        """The file's path as messages show it."""
+        return self.tokens.name
 
 
 class Tokens:
     """Every token of some shards, in order, as one immutable sequence.
 
+    The files stay open and are read as they are asked for: one that is renamed or deleted meanwhile is read on.
+
     Attributes:
         n_tokens: tokens in all shards.
+        dtype: an integer type that holds every shard's ids.
         files: their paths, in order (``("demo",)`` for the embedded text).
         encoding: tokenizer name the sidecars give, or None.
         fingerprint: 16 hex digits that tell data sets apart, whatever the files are called: a hash
@@ -51,34 +59,59 @@ class Tokens:
         self.fingerprint = fingerprint
         self.warnings = tuple(warnings)
         self.encoding = next((s.sidecar.encoding for s in shards if s.sidecar and s.sidecar.encoding), None)
-        self._arrays = tuple(shard.array for shard in shards)
-        self._starts = (0, *accumulate(len(array) for array in self._arrays))
+        self._shards = tuple(shard.tokens for shard in shards)
+        self._starts = (0, *accumulate(len(shard) for shard in self._shards))
         self.n_tokens = self._starts[-1]
+        self.dtype = np.result_type(*(shard.dtype for shard in self._shards))
 
     def __len__(self) -> int:
         return self.n_tokens
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length) as a 1-D integer array, a view where one shard holds them all.
+        """Tokens [start, start + length), 1-D, of ``dtype``.
+
+        Raises:
+            IndexError, OnebError: as ``read_into``.
+        """
+        self._check_range(start, length)
+        out = np.empty(length, self.dtype)
+        self.read_into(out, start)
+        return out
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        """Fill ``out`` (1-D, contiguous, of ``dtype``) with the tokens from ``start`` on.
 
         Raises:
             IndexError: if the range is not inside the data.
+            OnebError: if a file became shorter since it was opened, or its disk failed: which, and where.
         """
+        self._check_range(start, len(out))
+        shard = bisect.bisect_right(self._starts, start) - 1
+        done = 0
+        while done < len(out):
+            first = start + done - self._starts[shard]
+            n_here = min(len(out) - done, len(self._shards[shard]) - first)
+            self._shards[shard].read_into(out[done:done + n_here], first)
+            done, shard = done + n_here, shard + 1
+
+    def expect(self, starts: Sequence[int], length: int) -> None:
+        """``length`` tokens from each of ``starts`` on will be asked for soon: the disk may begin with all of them.
+
+        Raises:
+            IndexError: if one of the ranges is not inside the data.
+        """
+        for start in starts:
+            self._check_range(start, length)
+            shard = bisect.bisect_right(self._starts, start) - 1
+            self._shards[shard].expect(start - self._starts[shard], length)
+
+    def _check_range(self, start: int, length: int) -> None:
         if not 0 <= start <= start + length <= self.n_tokens:
             raise IndexError(f"tokens [{start}, {start + length}) of {self.n_tokens}")
-        shard = bisect.bisect_right(self._starts, start) - 1
-        parts = []
-        while length > 0:
-            first = start - self._starts[shard]
-            parts.append(self._arrays[shard][first:first + length])
-            start, length, shard = start + len(parts[-1]), length - len(parts[-1]), shard + 1
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
     def locate(self, offset: int) -> tuple[str, int]:
         """The file that holds the token at ``offset``, and the token's offset in that file."""
-        shard = bisect.bisect_right(self._starts, offset, hi=len(self._arrays)) - 1
+        shard = bisect.bisect_right(self._starts, offset, hi=len(self._shards)) - 1
         return self.files[shard], offset - self._starts[shard]
 
 
@@ -103,11 +136,11 @@ def open_tokens(path: str, data_format: str = "npy", *, vocab_size: int,
     if path == DEMO_DATA:
         return _open_demo(vocab_size)
     files = _find_files(path, data_format)
-    shards = [Shard(str(file), read_tokens(file, data_format), read_sidecar(file)) for file in files]
+    allow_open_files(len(files))
+    shards = [Shard(open_file(file, data_format), read_sidecar(file)) for file in files]
     _check_sidecars(shards, vocab_size)
     _check_ids(shards, vocab_size, log)
-    identity = ((np.memmap(shard.name, np.uint8, mode="r"), len(shard.array)) for shard in shards)
-    tokens = Tokens(shards, _fingerprint(identity), _trust_warnings(shards))
+    tokens = Tokens(shards, _fingerprint(shards), _trust_warnings(shards))
     if tokens.n_tokens < 2:
         raise OnebError(f"{path} holds {tokens.n_tokens} token; wanted at least 2, "
                         "one to read and one to predict")
@@ -121,10 +154,10 @@ def _open_demo(vocab_size: int) -> Tokens:
         raise OnebError(f"--data demo has ids up to {DEMO_EOT}, the model's vocabulary is {vocab_size}; "
                         f"wanted --vocab-size {BYTE_VOCAB_SIZE} or more")
     array = demo_tokens()
-    array.flags.writeable = False
     sidecar = Sidecar(tokens=len(array), encoding="bytes", vocab_size=BYTE_VOCAB_SIZE, eot=DEMO_EOT,
                       source="Python's standard library")
-    return Tokens([Shard(DEMO_DATA, array, sidecar)], _fingerprint([(array.view(np.uint8), len(array))]))
+    shards = [Shard(TokenFile(DEMO_DATA, HeldBytes(array), array.dtype, 0, len(array)), sidecar)]
+    return Tokens(shards, _fingerprint(shards))
 
 
 # -- Finding the files ---------------------------------------------------------------------------
@@ -180,8 +213,8 @@ def _check_sidecars(shards: Sequence[Shard], vocab_size: int) -> None:
         if sidecar is None:
             continue
         meta = sidecar_path(Path(shard.name))
-        if sidecar.tokens is not None and sidecar.tokens != len(shard.array):
-            raise OnebError(f"{meta} says {sidecar.tokens} tokens but {shard.name} holds {len(shard.array)}: "
+        if sidecar.tokens is not None and sidecar.tokens != len(shard.tokens):
+            raise OnebError(f"{meta} says {sidecar.tokens} tokens but {shard.name} holds {len(shard.tokens)}: "
                             "one of the two is of another file or was cut short. Copy both again, or delete "
                             "the sidecar")
         for key in ("max_id", "eot"):
@@ -203,11 +236,13 @@ def _check_sidecars(shards: Sequence[Shard], vocab_size: int) -> None:
 def _check_ids(shards: Sequence[Shard], vocab_size: int, log: Callable[[str], None] | None) -> None:
     """That every id lies in [0, vocab_size), reading each file whose sidecar does not vouch for it."""
     unread = [shard for shard in shards if not _vouched(shard, vocab_size)]
-    total = sum(len(shard.array) for shard in unread)
+    total = sum(len(shard.tokens) for shard in unread)
     done, last_report = 0, time.monotonic()
     for shard in unread:
-        for start in range(0, len(shard.array), _SCAN_TOKENS):
-            chunk = shard.array[start:start + _SCAN_TOKENS]
+        buffer = np.empty(min(_SCAN_TOKENS, len(shard.tokens)), shard.tokens.dtype)
+        for start in range(0, len(shard.tokens), _SCAN_TOKENS):
+            chunk = buffer[:len(shard.tokens) - start]
+            shard.tokens.read_into(chunk, start)
             bad = first_bad_id(chunk, vocab_size)
             if bad is not None:
                 raise bad_id_error(shard.name, start + bad, int(chunk[bad]), vocab_size)
@@ -221,12 +256,12 @@ def _vouched(shard: Shard, vocab_size: int) -> bool:
     # A signed file may hold negative ids, of which max_id says nothing.
     sidecar = shard.sidecar
     return (sidecar is not None and sidecar.tokens is not None and sidecar.max_id is not None
-            and sidecar.max_id < vocab_size and shard.array.dtype.kind == "u")
+            and sidecar.max_id < vocab_size and shard.tokens.dtype.kind == "u")
 
 
 def first_bad_id(ids: np.ndarray, vocab_size: int) -> int | None:
     """Where ``ids`` (not empty) first leaves [0, vocab_size), or None."""
-    if int(ids.max()) < vocab_size and int(ids.min()) >= 0:
+    if int(ids.max()) < vocab_size and (ids.dtype.kind == "u" or int(ids.min()) >= 0):
         return None
     return int(np.argmax((ids >= vocab_size) | (ids < 0)))
 
@@ -260,12 +295,13 @@ def _some_of(names: Sequence[str], shards: Sequence[Shard]) -> str:
 
 # -- Identity ------------------------------------------------------------------------------------
 
-def _fingerprint(shards: Iterable[tuple[np.ndarray, int]]) -> str:
-    """A hash over ``(bytes of the file as uint8, n_tokens)`` of each shard: head, middle and tail only."""
+def _fingerprint(shards: Iterable[Shard]) -> str:
+    """A hash over each shard's size, token count, and 64 KiB at the head, middle and tail of its file."""
     digest = hashlib.sha256()
-    for data, n_tokens in shards:
-        digest.update(f"{len(data)} {n_tokens} ".encode())
-        last = max(0, len(data) - _FINGERPRINT_BYTES)
+    for shard in shards:
+        tokens = shard.tokens
+        digest.update(f"{tokens.n_bytes} {len(tokens)} ".encode())
+        last = max(0, tokens.n_bytes - _FINGERPRINT_BYTES)
         for start in (0, last // 2, last):
-            digest.update(data[start:start + _FINGERPRINT_BYTES].tobytes())
+            digest.update(tokens.file_bytes(start, _FINGERPRINT_BYTES))
     return digest.hexdigest()[:16]

@@ -7,12 +7,15 @@ the process is killed, one of the two is whole (:func:`oneb.train.rundir.checkpo
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 import os
-import pickle
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -20,6 +23,7 @@ from torch import nn
 from oneb.config import ModelConfig, model_differences, model_from_dict
 from oneb.errors import OnebError
 from oneb.files import fsync_directory, sha256_file, write_json, write_text
+from oneb.train.contents import check_archive, check_types, refuse_faults, tensor_faults
 from oneb.train.rundir import (
     CheckpointError,
     checkpoints,
@@ -30,6 +34,7 @@ from oneb.train.rundir import (
 )
 
 FORMAT = 1
+_HASHED_ASIDE = 2**18  # bytes; less is hashed sooner than a thread has begun
 
 
 def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
@@ -42,23 +47,80 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
     temporary.unlink(missing_ok=True)  # left by a killed process of the same number, it may be a link
     best = contents["best_val_loss"]
     try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **contents}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        digest = _write(temporary, {"format": FORMAT, **contents})
         write_json(_temporary(sidecar_path(path)), {
             "step": contents["step"],
             "tokens": contents["tokens"],
-            "sha256": sha256_file(temporary),
+            "sha256": digest,
             "bytes": temporary.stat().st_size,
             "best_val_loss": best if math.isfinite(best) else None,  # JSON has no infinity
             "model": contents["config"]["model"],
             "optimizer": contents["config"]["optim"]["optimizer"],
+            "config": contents["config"],
             "serial": _next_serial(path.parent),
         })
         _publish(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for left in (temporary, _temporary(sidecar_path(path))):
+            left.unlink(missing_ok=True)
+
+
+def _write(path: Path, contents: dict[str, Any]) -> str:
+    """Write ``contents`` through to the disk; returns the SHA-256 of what was meant to be written.
+
+    Raises:
+        OSError: the disk's.
+    """
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as pool, _without_crc32():
+        hashing = _HashingFile(file, pool)
+        torch.save(contents, hashing)
+        if hashing.error:
+            raise hashing.error
+        file.flush()
+        os.fsync(file.fileno())
+    return hashing.digest.hexdigest()
+
+
+class _HashingFile:
+    """Hashes what it writes, at the same time.
+
+    Attributes:
+        error: the first failure to write; what comes after it is dropped. Raised out of here, torch.save would end in
+            another error that does not say why.
+    """
+
+    def __init__(self, file: IO[bytes], pool: ThreadPoolExecutor) -> None:
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+        self._file, self._pool = file, pool
+
+    def write(self, data: memoryview) -> int:
+        """Take all of ``data``, bytes."""
+        if self.error is None:
+            hashed = self._pool.submit(self.digest.update, data) if len(data) > _HASHED_ASIDE else None
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+            if hashed:
+                hashed.result()
+            else:
+                self.digest.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is held back here."""
+
+
+@contextlib.contextmanager
+def _without_crc32() -> Iterator[None]:
+    """The zip file's own checksums left out: the SHA-256 says more, and torch holds the GIL while it computes them."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def link_checkpoint(source: Path, target: Path) -> None:
@@ -123,23 +185,29 @@ def _remove(path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint, tensors mapped from the file on the CPU.
+    """The contents of a checkpoint, tensors mapped from the file on the CPU; None for what its version did not save.
 
     Raises:
-        CheckpointError: it is not there, not whole, not what its sidecar says, or not made of tensors and plain
-            containers.
+        CheckpointError: it is not there, not whole, not what its sidecar says, not made of tensors and plain
+            containers, or a field of it is of another type than it should be.
     """
     sidecar = read_sidecar(path)
     if sha256_file(path) != sidecar["sha256"]:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in its sidecar; copy it again, or use an "
                               "older checkpoint")
+    check_archive(path)
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({error.__class__.__name__}: "
-                              f"{str(error).splitlines()[0]}); use an older one") from error
+    except Exception as error:  # what its unpickler raises for a file that nobody has saved has no end
+        reason = str(error).splitlines() or [""]
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({error.__class__.__name__}: {reason[0][:200]}); "
+                              "use an older one") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this program (format {FORMAT}); use one that oneb wrote")
+    contents = {"format": FORMAT, **check_types(contents, path)}
+    if contents["step"] != sidecar["step"]:
+        raise CheckpointError(f"{path} is of step {contents['step']}, its sidecar says {sidecar['step']}; copy both "
+                              "files again, or use an older checkpoint")
     return contents
 
 
@@ -148,12 +216,19 @@ def load_weights(model: nn.Module, contents: dict[str, Any], wanted: ModelConfig
 
     Raises:
         OnebError: naming each difference between the checkpoint's model and ``wanted``.
+        CheckpointError: its weights are not those of its model; nothing has changed then.
     """
+    check_weights(model, contents, wanted, path)
+    model.load_state_dict(contents["model"])
+
+
+def check_weights(model: nn.Module, contents: dict[str, Any], wanted: ModelConfig, path: Path) -> None:
+    """That :func:`load_weights` would do it; raises what it raises."""
     differences = model_differences(model_from_dict(contents["config"]["model"]), wanted)
     if differences:
         raise OnebError(f"{path} holds another model than the one asked for: {'; '.join(differences)}. "
                         "Give the run's own options")
-    model.load_state_dict(contents["model"])
+    refuse_faults(path, tensor_faults(contents["model"], model.state_dict(), any_float=True))
 
 
 def rng_state() -> dict[str, Any]:

@@ -172,12 +172,12 @@ class _Rehearsal(Trainer):
         """A checkpoint such as the run will save, timed."""
         path, with_optimizer = self.directory.path / LAST, self.config.run.save_optim
         began = time.perf_counter()
-        try:
-            self._save(path, with_optimizer=with_optimizer)
-        except (OSError, RuntimeError) as error:  # the latter is what torch makes of a failed write
-            reason = next((str(e) for e in (error, error.__context__) if isinstance(e, OSError)), str(error))
-            raise OnebError(f"a checkpoint could not be saved to {path.parent}: {reason.splitlines()[0]}; make room "
-                            "there, or choose another --run-root") from error
+        self.saver.save(self.step)
+        self.saver.close()
+        self.saver.report()
+        if self.saver.error:
+            raise OnebError(f"a checkpoint could not be saved to {path.parent}: {self.saver.error}; make room there, "
+                            "or choose another --run-root")
         weights = sum(tensor.nbytes for tensor in self.parts.model.state_dict().values())
         return {"save_s": time.perf_counter() - began, "checkpoint_bytes": read_sidecar(path)["bytes"],
                 "weights_bytes": weights, "step": self.step, "has_optimizer": with_optimizer}

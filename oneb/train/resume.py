@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oneb.config import TrainConfig, compute_dtype
+import torch
+
+from oneb import __version__
+from oneb.changes import Change, changes, notes, refusal, shown
 from oneb.errors import OnebError
 from oneb.schedules import tokens_before
-from oneb.train.checkpoint import load_checkpoint, load_weights, rng_state, set_rng_state
+from oneb.train.checkpoint import check_weights, load_checkpoint, load_weights, rng_state, set_rng_state
+from oneb.train.contents import refuse_faults, tensor_faults
 from oneb.train.rundir import (
     BEST,
     CheckpointError,
@@ -23,16 +27,8 @@ from oneb.train.rundir import (
 )
 from oneb.train.setup import Parts
 
-# Options, or sections of them, that change nothing about what is computed from a given step on. What --amp and
-# --amp-dtype decide, a settled --precision and --param-dtype say.
-_HARMLESS = {
-    "run", "log", "data.path", "train.device", "train.eval_every", "train.eval_iters", "train.fused_blocks",
-    "train.compile", "train.compile_mode", "train.grad_checkpoint", "train.deterministic", "optim.fused",
-    "model.max_seq_len", "train.amp", "train.amp_dtype", "train.vram_limit_gib",
-    "train.spike_zscore", "train.max_rollbacks",
-    # How a step is divided is free; its size is compared by itself.
-    "train.batch_size", "train.grad_accum", "train.batch_tokens",
-}
+# What a run is computed with beside its options, and how people call it.
+_ENVIRONMENT = {"oneb": "oneb", "torch": "PyTorch", "device": "the device", "attention": "the attention kernel"}
 
 
 @dataclass(frozen=True)
@@ -43,11 +39,17 @@ class StartingPoint:
         checkpoint: what is continued; None for a run from step 0.
         step: optimizer steps done.
         best_val_loss: lowest validation loss so far, nats a token; inf before the first evaluation.
+        evaluated_at: steps done at the last evaluation; -1 before the first one, or where that was not saved.
+        skips: the data that was passed over, for :class:`oneb.data.order.BatchOrder`.
+        watch: state of :class:`oneb.train.watch.LossWatch`; None where there is none.
     """
 
     checkpoint: Path | None = None
     step: int = 0
     best_val_loss: float = math.inf
+    evaluated_at: int = -1
+    skips: tuple[tuple[int, int], ...] = ()
+    watch: dict[str, Any] | None = None
 
 
 def restore(parts: Parts, directory: RunDirectory) -> StartingPoint:
@@ -67,68 +69,127 @@ def restore(parts: Parts, directory: RunDirectory) -> StartingPoint:
     return StartingPoint()
 
 
+def reload(parts: Parts, path: Path) -> StartingPoint:
+    """Go back to a checkpoint of the run under way: all of it into the ``parts`` of this process.
+
+    Gradients of a step under way are dropped. How steps are divided, in ``parts.fit``, is as it was then. The options
+    are not compared: they are this run's.
+
+    Raises:
+        OnebError: the checkpoint is not whole, or does not fit; nothing has changed then.
+    """
+    saved = load_checkpoint(path)
+    _check(parts, saved, path)
+    parts.optimizer.zero_grad()
+    return _load(parts, saved, path, path.parent)
+
+
 def _resume(parts: Parts, directory: RunDirectory) -> StartingPoint:
-    path, saved = _newest_undamaged(directory, parts.notes)
-    if saved["optimizer"] is None:
-        raise OnebError(f"{path} was saved without optimizer state (best.pt, or --no-save-optim), so it cannot be "
-                        "continued exactly; leave out --resume to start a new run from its weights")
-    if saved["data_fingerprint"] != parts.tokens.fingerprint:
-        raise OnebError(f"--data {parts.config.data.path} is not the data that {path} was trained on (fingerprint "
-                        f"{parts.tokens.fingerprint}, the checkpoint has {saved['data_fingerprint']}); give the "
-                        "same file, or leave out --resume to start a new run from its weights")
-    load_weights(parts.model, saved, parts.config.model, path)
-    parts.optimizer.load_state_dict(saved["optimizer"])
-    parts.scaler.load_state_dict(saved["scaler"])
-    if parts.float8:
-        # Where a run in another precision is continued there is none: the scales are found anew.
-        if state := saved.get("float8"):
-            parts.float8.load_state_dict(state)
-        parts.float8.refresh_weights()
-    set_rng_state(saved["rng"])
-    # Checkpoints of earlier versions do not say how their steps were divided.
-    parts.fit = parts.fit.divided_as(saved.get("fit", ()))
-    parts.notes += _changes(saved["config"], parts.config.to_dict())
-    best_val_loss = saved["best_val_loss"]
-    best = directory.path / BEST
-    found = whole_sidecar(best) or whole_sidecar(previous_path(best))
-    if found and found["step"] <= saved["step"]:
-        # A finished run evaluates after its last save.
-        best_val_loss = min(best_val_loss, found["best_val_loss"] or math.inf)
-    return StartingPoint(path, saved["step"], best_val_loss)
+    path, saved = _newest_undamaged(parts, directory)
+    found = changes(saved["config"], parts.config, saved["step"], has_bf16=parts.device.has_bf16)
+    if refused := refusal(found, path, parts.config.run.allow_change):
+        raise OnebError(refused)
+    start = _load(parts, saved, path, directory.path)
+    parts.notes += notes([*found, *_other_environment(parts, saved)])
+    return start
 
 
-def _newest_undamaged(directory: RunDirectory, notes: list[str]) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint whose content is what its sidecar says; ``notes`` gets what is wrong with newer ones."""
+def _newest_undamaged(parts: Parts, directory: RunDirectory) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint whose content is what its sidecar says, and what it should be.
+
+    ``parts.notes`` gets what is wrong with newer ones.
+    """
     faults = []
     for path in (directory.resume_from, *directory.older):
         try:
             saved = load_checkpoint(path)
+            _check(parts, saved, path)
         except CheckpointError as error:
             if not directory.older:
                 raise
             faults.append(fault(error))
         else:
-            notes += [f"passed over to continue {path}: {text}" for text in faults]
+            parts.notes += [f"passed over to continue {path}: {text}" for text in faults]
             return path, saved
     raise none_whole(directory.path, faults)
 
 
+def _check(parts: Parts, saved: dict[str, Any], path: Path) -> None:
+    """That ``saved`` can be continued with these parts. Nothing has been loaded yet.
+
+    Raises:
+        CheckpointError: it holds other tensors than it should.
+        OnebError: it is of another model or other data, or has no optimizer state.
+    """
+    check_weights(parts.model, saved, parts.config.model, path)
+    if saved["optimizer"] is None:
+        raise OnebError(f"{path} was saved without optimizer state (best.pt, or --no-save-optim), so it cannot be "
+                        "continued exactly; leave out --resume to start a new run from its weights")
+    if saved["data_fingerprint"] != parts.tokens.fingerprint:
+        raise OnebError(f"--data {parts.config.data.path} is not the data that {path} was trained on (fingerprint "
+                        f"{parts.tokens.fingerprint}, the checkpoint has {shown(saved['data_fingerprint'])}); give the "
+                        "same file, or leave out --resume to start a new run from its weights")
+    faults = [f"it has no {name}" for name in ("scaler", "rng") if saved[name] is None]
+    given, wanted = saved["optimizer"], parts.optimizer.state_dict()
+    if given["kind"] == wanted["kind"]:  # else one of --optimizer's, which is said as such
+        faults += tensor_faults(given["state"], wanted["state"])
+    if parts.float8 and saved["float8"]:
+        faults += tensor_faults(saved["float8"], parts.float8.state_dict())
+    refuse_faults(path, faults)
+    if given["kind"] != wanted["kind"]:
+        raise OnebError(f"{path} has the optimizer state of {shown(given['kind'])}, and --optimizer {wanted['kind']} "
+                        "cannot continue from it; give the run's own --optimizer, or leave out --resume to start a "
+                        "new run from its weights")
+
+
+def _load(parts: Parts, saved: dict[str, Any], path: Path, best_in: Path) -> StartingPoint:
+    """What :func:`_check` has looked at, into ``parts``; the best so far may be in ``best_in``."""
+    load_weights(parts.model, saved, parts.config.model, path)
+    parts.optimizer.load_state_dict(saved["optimizer"])
+    parts.scaler.load_state_dict(saved["scaler"])
+    if float8 := parts.float8:
+        if saved["float8"]:
+            float8.load_state_dict(saved["float8"])
+        elif float8.calibrated:  # saved in another precision: the scales are found anew
+            float8.load_state_dict({name: torch.ones_like(tensor) if name == "scale" else torch.zeros_like(tensor)
+                                    for name, tensor in float8.state_dict().items()})
+            float8.calibrated = False
+        float8.refresh_weights()
+    set_rng_state(saved["rng"])
+    # Checkpoints of earlier versions do not say how their steps were divided.
+    parts.fit = parts.fit.divided_as(saved["fit"] or ())
+    best_val_loss = saved["best_val_loss"]
+    best = best_in / BEST
+    found = whole_sidecar(best) or whole_sidecar(previous_path(best))
+    if found and found["step"] <= saved["step"]:
+        # A finished run evaluates after its last save.
+        best_val_loss = min(best_val_loss, math.inf if found["best_val_loss"] is None else found["best_val_loss"])
+    return StartingPoint(
+        path, saved["step"], best_val_loss, evaluated_at=-1 if saved["evaluated_at"] is None else saved["evaluated_at"],
+        skips=tuple((step, batches) for step, batches in saved["skips"] or ()), watch=saved["watch"])
+
+
 def snapshot(
-    parts: Parts, *, step: int, best_val_loss: float, divisions: list[dict[str, int]], with_optimizer: bool
+    parts: Parts, *, step: int, best_val_loss: float, divisions: list[dict[str, int]], with_optimizer: bool,
+    skips: Sequence[tuple[int, int]] = (), watch: dict[str, Any] | None = None, evaluated_at: int = -1,
 ) -> dict[str, Any]:
     """What a checkpoint holds, for :func:`oneb.train.checkpoint.save_checkpoint`: all that :func:`restore` reads.
 
     Args:
         divisions: how each length's steps are divided (:meth:`oneb.fit.Fit.divisions`).
+        skips, watch, evaluated_at: as in :class:`StartingPoint`.
     """
-    train, float8 = parts.config.train, parts.float8
+    train, float8_state = parts.config.train, None
+    if parts.float8 and parts.float8.calibrated:
+        # A copy: the next forward pass changes them, and a checkpoint may be written while it runs.
+        float8_state = {name: tensor.clone() for name, tensor in parts.float8.state_dict().items()}
     return {
         "config": parts.config.to_dict(),
         "model": parts.model.state_dict(),
         "optimizer": parts.optimizer.state_dict() if with_optimizer else None,
         "scaler": parts.scaler.state_dict(),
         # Scales that nobody has found yet would be taken for found ones.
-        "float8": float8.state_dict() if float8 and float8.calibrated else None,
+        "float8": float8_state,
         "rng": rng_state(),
         "fit": divisions,
         "step": step,
@@ -136,29 +197,32 @@ def snapshot(
         "best_val_loss": best_val_loss,
         "data_fingerprint": parts.tokens.fingerprint,
         "encoding": parts.encoding,
+        "made_with": _environment(parts),
+        "skips": [list(skip) for skip in skips],
+        "watch": watch,
+        "evaluated_at": evaluated_at,
     }
 
 
-def _changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a resumed run does differently from the one it continues, one sentence each."""
-    before, after = _train_config(saved["train"]), _train_config(now["train"])
-    if "precision" not in saved["train"]:  # saved before there was the option: all products were in one dtype
-        saved = {**saved, "train": {**saved["train"], "precision": compute_dtype(before)}}
-    batches = [
-        f"a step at {seq_len} tokens has {after.sequences(seq_len)} sequences, the run that is continued had "
-        f"{before.sequences(seq_len)}"
-        for seq_len in dict.fromkeys(seq_len for _, seq_len in after.phases)
-        if before.sequences(seq_len) != after.sequences(seq_len)
-    ]
-    return batches + [
-        f"{section}.{name} is {value}, the run that is continued had {saved[section].get(name)}"
-        for section, values in now.items() if section not in _HARMLESS
-        for name, value in values.items()
-        if f"{section}.{name}" not in _HARMLESS and value != saved[section].get(name)
-    ]
+def _environment(parts: Parts) -> dict[str, str]:
+    """What rounds the sums of this run, beside its options."""
+    return {"oneb": __version__, "torch": str(torch.__version__), "device": parts.device.name,
+            "attention": parts.backend}
 
 
-def _train_config(values: dict[str, Any]) -> TrainConfig:
-    """A checkpoint's; another version's may have fields that this one has not."""
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**{name: value for name, value in values.items() if name in known})
+def _other_environment(parts: Parts, saved: dict[str, Any]) -> list[Change]:
+    """In what a run that has been loaded goes on otherwise than it was, without being asked to."""
+    before, now = saved["made_with"] or {}, _environment(parts)
+    found = [Change(text, shown(before[name]), now[name], matters=False, rounds=True)
+             for name, text in _ENVIRONMENT.items() if before.get(name, now[name]) != now[name]]
+    divided = {entry["seq_len"]: entry for entry in saved["fit"] or ()}
+    for entry in parts.fit.divisions():
+        old = divided.get(entry["seq_len"], entry)
+        if old["batch_size"] != entry["batch_size"]:
+            found.append(Change(f"micro-batches at {entry['seq_len']} tokens", _division(old), _division(entry),
+                                matters=False, rounds=True))
+    return found
+
+
+def _division(entry: dict[str, int]) -> str:
+    return f"{entry['batch_size']} x {entry['grad_accum']}"

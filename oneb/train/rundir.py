@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -12,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oneb.changes import Change, as_before, changes, known_options, notes, refusal
 from oneb.config import Config, model_differences, model_from_dict
 from oneb.errors import OnebError
+from oneb.train.lock import RunLock
 
 LAST = "last.pt"
 BEST = "best.pt"
+_LARGEST_SIDECAR = 2**20  # bytes, of a few thousand
 
 
 class CheckpointError(OnebError):
@@ -34,6 +38,7 @@ class RunDirectory:
         older: the run's checkpoints before that one, newest first, for where its content turns out to be damaged.
         skip: there is nothing to do (``--if-exists skip``).
         note: how the choice came about, for people; empty for a new directory.
+        lock: that of the process which :func:`claimed` the directory.
     """
 
     path: Path
@@ -42,6 +47,7 @@ class RunDirectory:
     older: tuple[Path, ...] = ()
     skip: bool = False
     note: str = ""
+    lock: RunLock | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 def run_directory(config: Config) -> RunDirectory:
@@ -51,7 +57,7 @@ def run_directory(config: Config) -> RunDirectory:
         OnebError: it exists under ``--if-exists error``, cannot be written to, or has no whole checkpoint to resume.
     """
     path = Path(config.run.root) / config.name
-    _check_writable(path)
+    check_writable(path)
     if not config.run.resume:
         return _for_new_run(path, config.run.if_exists)
     if not config.run.ckpt:
@@ -115,45 +121,60 @@ def _is_suffixed(directory: Path, path: Path) -> bool:
     return re.fullmatch(rf"{re.escape(path.name)}_\d+", directory.name) is not None
 
 
-def _check_writable(path: Path) -> None:
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not there.is_dir():
+def check_writable(path: Path) -> None:
+    """That a directory can be there, or be made there. Creates nothing.
+
+    Raises:
+        OnebError: what is in the way.
+    """
+    there = path.absolute()
+    while True:
+        try:
+            os.lstat(there)
+            break
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            there = there.parent
+        except OSError as error:  # a name that is too long, links in a circle, a disk that does not answer
+            raise OnebError(f"{path} cannot be used: {error.strerror} ({there}); choose another --run-root") from error
+    if os.path.islink(there) and not os.path.exists(there):
+        raise OnebError(f"{path} cannot be made: {there} is a link to {os.readlink(there)}, which is not there (is its "
+                        "disk mounted?); choose another --run-root")
+    if not os.path.isdir(there):
         raise OnebError(f"{path} cannot be made: {there} is a file; choose another --run-root")
-    if not os.access(there, os.W_OK):
-        raise OnebError(f"{path} cannot be written: no permission in {there}; choose another --run-root")
+    if not os.access(there, os.W_OK | os.X_OK):
+        read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+        why = "is on a file system that is mounted read-only" if read_only else "gives this user no permission"
+        raise OnebError(f"{path} cannot be written: {there} {why}; choose another --run-root")
 
 
 @contextlib.contextmanager
 def claimed(config: Config, directory: RunDirectory) -> Iterator[RunDirectory]:
-    """Make the directory and hold it for one process; gives the directory that it became.
+    """Make the directory and hold it for one process; gives the directory that it became, with its lock.
 
     A new run whose name was taken since it was chosen is treated as ``--if-exists`` says. What killed processes had
-    begun to write there is removed.
+    begun to write there is removed. A lock that another machine left there is watched for a minute.
 
     Raises:
-        OnebError: another process is training there.
+        OnebError: another process is training there, or the directory cannot be made.
     """
-    import fcntl
-
     while not directory.skip:
         try:
             directory.path.mkdir(parents=True, exist_ok=not directory.is_new)
             break
-        except FileExistsError:
+        except OSError as error:
+            # Somebody else's, or what is in the way was put there since; the choice is made again, or refused.
+            if not isinstance(error, FileExistsError) or not directory.path.is_dir():
+                check_writable(directory.path)
+                raise OnebError(f"{directory.path} cannot be made: {error.strerror}; choose another --run-root"
+                                ) from error
             directory = run_directory(config)
     if directory.skip:
         yield directory
         return
-    with open(directory.path / ".lock", "w") as lock:
-        try:
-            # Goes with the process, however it ends.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OnebError(f"another process is training in {directory.path}; wait for it or stop it, or choose "
-                            "another --tag or --seed") from None
+    with RunLock(directory.path) as lock:
         for abandoned in directory.path.glob(".*.tmp*"):
-            abandoned.unlink()
-        yield directory
+            abandoned.unlink(missing_ok=True)
+        yield dataclasses.replace(directory, lock=lock)
 
 
 def checkpoints(directory: Path) -> tuple[list[Path], list[str]]:
@@ -191,9 +212,10 @@ def sidecar_path(checkpoint: Path) -> Path:
 
 
 def read_sidecar(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's sidecar: step, tokens, best_val_loss, sha256, bytes, model, optimizer, serial.
+    """A checkpoint's sidecar: step, tokens, best_val_loss, sha256, bytes, model, optimizer, config, serial.
 
-    ``serial`` counts the saves into a directory; 0 where an earlier version saved.
+    ``serial`` counts the saves into a directory, ``config`` is the whole of the run's by section
+    (:func:`oneb.changes.known_options`); 0 and empty where an earlier version saved.
 
     Raises:
         CheckpointError: the checkpoint or its sidecar is not there, is not what its name says, or is of another size.
@@ -203,18 +225,46 @@ def read_sidecar(checkpoint: Path) -> dict[str, Any]:
                               "--variant and --seed as the run to continue), or leave out --resume to start a new run")
     sidecar = sidecar_path(checkpoint)
     try:
-        values = json.loads(sidecar.read_text(encoding="utf-8"))
-        found = {key: values[key] for key in ("tokens", "best_val_loss", "sha256", "model")}
-        found |= {"step": int(values["step"]), "bytes": int(values["bytes"]), "serial": int(values.get("serial", 0))}
-        found["optimizer"] = values.get("optimizer", "lion")  # those that do not say are of lion's time
+        with open(sidecar, "rb") as file:
+            found = _sidecar_values(file.read(_LARGEST_SIDECAR + 1))
     except FileNotFoundError:
         raise CheckpointError(f"{checkpoint} has no {sidecar.name} beside it: its save was cut short, or the file "
                               "was copied alone; copy both files, or use an older checkpoint of the run") from None
-    except (ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise CheckpointError(f"{sidecar} cannot be read ({error.strerror}); copy it again, or use an older checkpoint "
+                              "of the run") from None
+    # Too deep, too many digits, not UTF-8, not JSON, other types: whatever is in a file.
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         raise CheckpointError(f"{sidecar} is damaged; copy it again, or use an older checkpoint of the run") from None
     if (size := checkpoint.stat().st_size) != found["bytes"]:
         raise CheckpointError(f"{checkpoint} has {size:,} bytes, its sidecar says {found['bytes']:,}: it is cut short "
                               "or was overwritten; copy it again, or use an older checkpoint")
+    return found
+
+
+def _sidecar_values(text: bytes) -> dict[str, Any]:
+    """What :func:`read_sidecar` returns.
+
+    Raises:
+        ValueError, KeyError, TypeError, RecursionError, OverflowError: it is no sidecar.
+    """
+    if len(text) > _LARGEST_SIDECAR:
+        raise ValueError("too large")
+    values = json.loads(text.decode("utf-8"))
+    options = known_options({"model": values["model"], **values.get("config", {})})
+    found = {"model": options["model"], "config": options if "config" in values else {}}
+    for name, default in (("step", None), ("tokens", None), ("bytes", None), ("serial", 0)):
+        number = values[name] if default is None else values.get(name, default)
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise ValueError(name)
+        found[name] = number
+    for name, default in (("sha256", None), ("optimizer", "lion")):  # those that do not say are of lion's time
+        found[name] = values[name] if default is None else values.get(name, default)
+        if not isinstance(found[name], str) or not (found[name].isalnum() or not found[name]):
+            raise ValueError(name)
+    found["best_val_loss"] = best = values["best_val_loss"]
+    if best is not None and (type(best) not in (int, float) or not math.isfinite(best)):
+        raise ValueError("best_val_loss")
     return found
 
 
@@ -227,31 +277,57 @@ def whole_sidecar(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def continued(config: Config, directory: RunDirectory) -> Config:
-    """``config`` with what it leaves open and the run that it continues has decided: lion or lion8bit.
+    """``config`` with what it leaves open and the run that it continues has decided: lion or lion8bit, the arithmetic.
 
     Raises:
-        OnebError: that run's optimizer is one that nothing but ``--optimizer`` chooses. Its weight decay would be
-            another, too.
+        OnebError: that run cannot be continued with these options: its model is another, or its optimizer is one that
+            nothing but ``--optimizer`` chooses (its weight decay would be another, too); or, without
+            ``--allow-change``, the result would be.
     """
-    if directory.resume_from is None or config.optim.optimizer != "auto":
-        return config
-    saved = read_sidecar(directory.resume_from)["optimizer"]
-    if saved not in ("auto", "lion", "lion8bit"):
-        raise OnebError(f"{directory.resume_from} was trained with --optimizer {saved}, and none was given; give the "
-                        f"run's own options, --optimizer {saved} among them")
-    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, optimizer=saved))
+    return _continued(config, directory)[0]
 
 
-def check_resume(config: Config) -> None:
-    """Refuse a checkpoint whose model is another shape than the one asked for.
+def check_resume(config: Config) -> list[str]:
+    """Refuse what cannot be continued, or not with these options; returns what will be otherwise than before.
 
     Raises:
-        OnebError: naming every difference.
+        OnebError: naming every difference that matters.
     """
-    checkpoint = Path(config.run.ckpt) if config.run.ckpt else run_directory(config).resume_from
-    if checkpoint is None:
-        return
-    differences = model_differences(model_from_dict(read_sidecar(checkpoint)["model"]), config.model)
-    if differences:
-        raise OnebError(f"{checkpoint} holds another model than the one asked for: {'; '.join(differences)}. "
-                        "Give the run's own options, or leave out --ckpt and --resume to train this one from the start")
+    directory = run_directory(config)
+    if directory.resume_from is None and config.run.ckpt and not directory.skip:
+        checkpoint = Path(config.run.ckpt)
+        if wrong := _model_fault(checkpoint, read_sidecar(checkpoint), config):
+            raise OnebError(wrong)
+    return notes(_continued(config, directory)[1])
+
+
+def _continued(config: Config, directory: RunDirectory) -> tuple[Config, list[Change]]:
+    path = directory.resume_from
+    if path is None:
+        return config, []
+    sidecar = read_sidecar(path)
+    saved = sidecar["optimizer"]
+    if config.optim.optimizer == "auto":
+        if saved not in ("auto", "lion", "lion8bit"):
+            raise OnebError(f"{path} was trained with --optimizer {saved}, and none was given; give the "
+                            f"run's own options, --optimizer {saved} among them")
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, optimizer=saved))
+    config = as_before(config, sidecar["config"])
+    found = changes(sidecar["config"], config, sidecar["step"])
+    faults = [_model_fault(path, sidecar, config), refusal(found, path, config.run.allow_change)]
+    if any(faults):
+        raise OnebError("\n".join(filter(None, faults)))
+    return config, found
+
+
+def _model_fault(checkpoint: Path, sidecar: dict[str, Any], config: Config) -> str:
+    """How a checkpoint's model is another one than that asked for; empty where it is not.
+
+    Raises:
+        OnebError: another version saved it.
+    """
+    differences = model_differences(model_from_dict(sidecar["model"]), config.model)
+    if not differences:
+        return ""
+    return (f"{checkpoint} holds another model than the one asked for: {'; '.join(differences)}. "
+            "Give the run's own options, or leave out --ckpt and --resume to train this one from the start")

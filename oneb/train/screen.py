@@ -69,11 +69,13 @@ class Display:
 
     Attributes:
         lost: the stream could no longer be written to (its terminal went away); the run goes on unseen.
+        warnings: empty, as nothing here goes wrong that a display could show.
     """
 
     def __init__(self, name: str, progress: Progress, stream: TextIO) -> None:
         self.name, self.progress, self.stream = name, progress, stream
         self.lost = False
+        self.warnings: list[str] = []
         self._lock = threading.RLock()
 
     def log(self, row: dict[str, Any]) -> None:
@@ -97,6 +99,12 @@ class Display:
 
     def advance(self, step: int) -> None:
         """``step`` steps are done. For every step: costs a clock reading when there is nothing to redraw."""
+
+    def rewind(self, step: int) -> None:
+        """The run went back to ``step``."""
+        with self._lock:
+            self.progress.step = step
+            self.progress.evals = [row for row in self.progress.evals if row["step"] <= step]
 
     def close(self) -> None:
         """Leave the stream at the beginning of a line."""

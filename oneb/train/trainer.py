@@ -1,4 +1,4 @@
-"""The training loop: build, then steps, each phase of which can be read here in order."""
+"""The training loop: steps, and what is done beside and between them."""
 
 from __future__ import annotations
 
@@ -7,90 +7,67 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
-from oneb.config import Config
 from oneb.data.loader import Batch, BatchLoader
+from oneb.errors import OnebError
 from oneb.files import write_json
 from oneb.inspect.analysis import analyse
-from oneb.kernels.attention import SDP_BACKENDS
-from oneb.optim import clip_scale, grad_norm
 from oneb.planner import make_plan, mfu
-from oneb.schedules import lr_at, seq_len_at, tokens_before
-from oneb.train import checkpoint
+from oneb.schedules import seq_len_at, tokens_before
 from oneb.train.clock import StepClock, process_age_s
 from oneb.train.compiles import compilations
-from oneb.train.recorder import Recorder, open_recorder
-from oneb.train.resume import StartingPoint, restore, snapshot
-from oneb.train.rundir import BEST, LAST, RunDirectory, claimed, continued, run_directory
-from oneb.train.setup import Parts, build, describe
-from oneb.train.signals import StopRequest
+from oneb.train.lock import LockedError
+from oneb.train.mirror import Mirror
+from oneb.train.recorder import Recorder
+from oneb.train.resume import StartingPoint, reload, snapshot
+from oneb.train.rollback import checkpoint_before
+from oneb.train.rundir import LAST, RunDirectory
+from oneb.train.saving import Saver
+from oneb.train.setup import Parts, describe
+from oneb.train.signals import Stopped, StopRequest
+from oneb.train.stepper import Stepper
+from oneb.train.watch import LossWatch, Readings, Verdict
 
 _PROBE_TOKENS = 512  # longest window that an analysis looks at
 _PREFETCH_STEPS = 4
 
 
-def train(config: Config) -> int:
-    """Run ``config`` to its end, or until a signal; returns the exit code.
-
-    Raises:
-        OnebError: a mistake in what was asked for, before the first step wherever it can be known then.
-    """
-    chosen = run_directory(config)
-    print(f"run directory: {chosen.path}{chosen.note}", flush=True)
-    if chosen.skip:
-        return 0
-    # Nothing is written before it is known that the run can start.
-    parts = build(continued(config, chosen), print)
-    start = restore(parts, chosen)
-    chosen = dataclasses.replace(chosen, resume_from=start.checkpoint)  # an older one, where the newest is damaged
-    if start.step >= config.train.steps:
-        print(f"nothing to do: {chosen.resume_from} has done {start.step} of {config.train.steps} steps")
-        return 0
-    with claimed(config, chosen) as directory, StopRequest() as stop:
-        if directory != chosen:
-            print(f"run directory: {directory.path}{directory.note}", flush=True)
-        if directory.skip:
-            return 0
-        with open_recorder(parts.config, directory) as recorder, sdpa_kernel(SDP_BACKENDS[parts.backend]):
-            trainer = Trainer(parts, directory, recorder, stop, start)
-            trainer.describe()
-            try:
-                trainer.run()
-            except Exception:
-                trainer.rescue()
-                raise
-            trainer.finish()
-        return stop.exit_code
+class Diverged(OnebError):
+    """The run went wrong, and going back is of no use, or of no more."""
 
 
-class Trainer:
-    """One run: its state (step, tokens, best loss; weights and optimizer in ``parts``) and its steps."""
+class Trainer(Stepper):
+    """One run: its state (step, best loss, what was noticed; weights and optimizer in ``parts``) and its loop."""
 
     def __init__(
-        self, parts: Parts, directory: RunDirectory, recorder: Recorder, stop: StopRequest, start: StartingPoint
+        self, parts: Parts, directory: RunDirectory, recorder: Recorder, stop: StopRequest, start: StartingPoint,
+        mirror: Mirror | None = None,
     ) -> None:
-        self.parts = parts
-        self.config = parts.config
-        self.fit = parts.fit  # and less than that, once the GPU has run out of memory
+        super().__init__(parts, recorder, start.step)
         self.directory = directory
-        self.recorder = recorder
         self.stop = stop
         self.clock = StepClock(parts.device.synchronize)
+        self.order = dataclasses.replace(parts.order, skips=start.skips)
+        self.saver = Saver(parts, directory, recorder, self.contents, start.step, mirror)
+        self.compiled: int | None = None  # graphs and kernels, once the first step has run
+        self._begin_at(start)
+
+    def _begin_at(self, start: StartingPoint) -> None:
+        """Go on from what has been loaded into the parts."""
         self.step = start.step
         self.best_val_loss = start.best_val_loss
-        self.evaluated_at = -1
-        # What the run starts from need not be saved again, if it is this directory's own.
-        self.saved_at = start.step if directory.resume_from in (None, directory.path / LAST) else -1
-        self.saved_time = time.monotonic()  # of last.pt, seconds
-        self.compiled: int | None = None  # graphs and kernels, once the first step has run
-        self.skipped = int(parts.scaler.skipped_steps)
-        self.updating = False  # weights are changing, some of them changed: no checkpoint now
+        self.evaluated_at = start.evaluated_at
+        self.readings = Readings(self.parts.device.torch)
+        self.watch = LossWatch(self.config.train.spike_zscore, warmup_steps=self.config.optim.warmup_steps,
+                               chunk_len=self.order.chunk_len)
+        if start.watch:
+            self.watch.load_state_dict(start.watch)
+        self.verdict: Verdict | None = None
+        self.seq_len: int | None = None  # of the last step
 
     @property
     def tokens(self) -> int:
@@ -114,116 +91,66 @@ class Trainer:
 
     def run(self) -> None:
         """Train from the current step to the last one, or until a stop is asked for."""
-        train = self.config.train
-        with self._loader() as loader:
-            seq_len = None
-            self.clock.restart()
-            while self.step < train.steps and not self.stop.signum:
-                batch = loader.next()
-                if batch.seq_len == seq_len:
-                    loss, norm, lr = self.train_step(batch)
-                    self.clock.step(loader.wait_seconds)
-                else:
-                    seq_len = batch.seq_len
-                    with self._first_of_its_length(seq_len):
-                        loss, norm, lr = self.train_step(batch)
-                self.step += 1
-                self.recorder.advance(self.step)
-                if self.step % self.config.log.log_every == 0 or self.step in (1, train.steps):
-                    self.log_step(loss, norm, lr, seq_len)
-                if self._due(train.eval_every) and self.step < train.steps:
-                    self.evaluate()
-                if self._due(self.config.run.save_every):
-                    self.save_step()
-                elif 0 < self.config.run.save_minutes <= (time.monotonic() - self.saved_time) / 60:
-                    with self.clock.pause():
-                        self._save_last()
+        self.saver.reserve()
+        try:
+            self._evaluate_if_due()  # what a run that was killed while it evaluated still owes
+            while self._goes_on():
+                with self._loader() as loader:
+                    self.clock.restart()
+                    while self._goes_on() and not self._went_back():
+                        self._next_step(loader)
+        except Stopped:
+            pass
+        except Exception as error:
+            if not self.stop.signum or self.updating:
+                raise
+            # A signal to all of a terminal's processes has reached a compiler, say, that this one waited for.
+            self.recorder.warn(self.step, f"while stopping: {type(error).__name__}: {error}")
+        self._forget_gradients()
 
-    def train_step(self, batch: Batch) -> tuple[Tensor, Tensor, float]:
-        """One optimizer step; nothing here waits for the device.
+    def _goes_on(self) -> bool:
+        return self.step < self.config.train.steps and not self.stop.signum
 
-        Returns:
-            The whole batch's mean loss and its gradient norm (0-dim device tensors), and the learning rate.
-        """
-        optim, steps = self.config.optim, self.config.train.steps
-        optimizer, scaler, float8 = self.parts.optimizer, self.parts.scaler, self.parts.float8
-        total, norm = self._gradients_within_memory(batch)
-        if self._analysis_due(self.step + 1):
-            self.analyse()
-        lr = lr_at(self.step, schedule=optim.lr_schedule, peak_lr=optim.lr, min_lr=optim.min_lr,
-                   warmup_steps=optim.warmup_steps, steps=steps)
-        self.updating = True
-        # A norm that is not finite makes this scale NaN, and the optimizer leaves weights and state alone.
-        optimizer.step(lr, self.step, clip_scale(norm, optim.grad_clip, scaler.inv_scale))
-        scaler.update(norm)
-        if float8:
-            float8.step()
-        optimizer.zero_grad()
-        self.updating = False
-        return total, norm, lr
+    def _next_step(self, loader: BatchLoader) -> None:
+        """A step, and what is due after it."""
+        with self.stop.interruptible():
+            batch = loader.next()
+        if batch.seq_len == self.seq_len:
+            loss, norm, lr = self.train_step(batch)
+            self.clock.step(loader.wait_seconds)
+        else:
+            with self._first_of_its_length(batch.seq_len):
+                loss, norm, lr = self.train_step(batch)
+            self.seq_len = batch.seq_len
+        scaler = self.parts.scaler
+        self.readings.add(self.step, batch.seq_len, loss, norm, scaler.scale if scaler.enabled else None)
+        self.step += 1
+        if self.directory.lock and self.directory.lock.lost:
+            self.directory.lock.check()
+        self.recorder.advance(self.step)
+        if self.step % self.config.log.log_every == 0 or self.step in (1, self.config.train.steps):
+            self.log_step(loss, norm, lr, batch.seq_len)
+        if self.saver.is_due(self.step) and self._is_calm() and self.saver.save(self.step):
+            with self.clock.pause():
+                self.recorder.refresh_report(self.step)
+        self._evaluate_if_due()
+        self.saver.report()
 
     def _gradients_within_memory(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """:meth:`_gradients`, again in smaller micro-batches for as long as the GPU runs out of memory.
+        # The first at a length may compile for longer than somebody who stops the run can wait.
+        with self.stop.interruptible(batch.seq_len != self.seq_len):
+            return super()._gradients_within_memory(batch)
 
-        Weights, optimizer state and data are untouched until gradients are whole, so nothing is lost but time.
-
-        Raises:
-            OnebError: they cannot be made smaller.
-        """
-        while True:
-            try:
-                return self._gradients(batch)
-            except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
-            # Out of the handler, whose traceback holds the failed pass's activations.
-            self._make_smaller(batch.seq_len, reason)
-
-    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Forward and backward of a step's micro-batches: mean loss, and the norm of the gradients they leave."""
-        model, scaler, float8 = self.parts.model, self.parts.scaler, self.parts.float8
-        fitted = self.fit.at(batch.seq_len)
-        model.recomputed_layers = fitted.recomputed_layers
-        tokens = batch.tokens.to(model.device, non_blocking=True)
-        if float8 and not float8.calibrated:
-            self._calibrate(tokens)
-        total = torch.zeros((), device=model.device)
-        for micro_batch in tokens.split(fitted.batch_size):
-            loss = model.loss(micro_batch) / fitted.grad_accum
-            scaler.scale_loss(loss).backward()
-            total += loss.detach()
-            del loss  # its graph holds what the backward pass did not free, until the next one's is built
-        norm = grad_norm(self.parts.optimizer.params, scaler.inv_scale)
-        return total, norm + float8.fault() if float8 else norm
-
-    def _make_smaller(self, seq_len: int, reason: str) -> None:
-        """After running out of memory: give back what the failed pass took, and plan with less."""
-        self.parts.optimizer.zero_grad()
-        if self.parts.float8:
-            self.parts.float8.forget_step()
-        before = self.fit.at(seq_len)
-        self.fit = self.fit.smaller(seq_len)
-        torch.cuda.empty_cache()
-        after = self.fit.at(seq_len)
-        self.event("out_of_memory", f"{reason} The step is done again: {after.described()} instead of "
-                   f"{before.described()}", batch_size=after.batch_size, grad_accum=after.grad_accum,
-                   recomputed_layers=after.recomputed_layers)
-
-    def _calibrate(self, tokens: Tensor) -> None:
-        """Before the first fp8 step: the sizes of activations and gradients, from one sequence in 16 bit."""
-        parts = self.parts
-        with parts.float8.calibrating():
-            loss = parts.model.loss(tokens[:1]) / len(tokens)
-            parts.scaler.scale_loss(loss).backward()
-        parts.optimizer.zero_grad()
+    def _before_update(self) -> None:
+        if self._analysis_due(self.step + 1):
+            self.analyse()
+        self.saver.before_update()
 
     def _loader(self) -> BatchLoader:
         return BatchLoader(
-            self.parts.tokens, self.parts.order, vocab_size=self.config.model.vocab_size, start_step=self.step,
+            self.parts.tokens, self.order, vocab_size=self.config.model.vocab_size, start_step=self.step,
             total_steps=self.config.train.steps, prefetch=_PREFETCH_STEPS, pin_memory=self.parts.device.is_cuda,
         )
-
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
 
     @contextlib.contextmanager
     def _first_of_its_length(self, seq_len: int) -> Iterator[None]:
@@ -267,10 +194,6 @@ class Trainer:
             self.event("recompile", f"{compiled - self.compiled} graphs or kernels were compiled since the last log "
                        "row")
             self.compiled = compiled
-        if (skipped := int(values[2])) > self.skipped:
-            self.recorder.warn(self.step, f"{skipped - self.skipped} updates skipped since the last log row: their "
-                               f"gradients were not finite (loss now {values[0]:.4g})")
-            self.skipped = skipped
 
     def _speed(self, seq_len: int) -> dict[str, float | None]:
         """Mean of the steps since the last row; None where there was only one that compiled."""
@@ -281,9 +204,21 @@ class Trainer:
         return {"tok_s": tok_s, "mfu": mfu(self.config, tok_s, seq_len, self.parts.device.gpu),
                 "step_ms": step_s * 1e3, "data_ms": waited_s * 1e3}
 
+    def _evaluate_if_due(self) -> None:
+        every, steps = self.config.train.eval_every, self.config.train.steps
+        due = every > 0 and 0 < self.step < steps and self.step % every == 0 and self.evaluated_at != self.step
+        if due and self.verdict is None:
+            self.evaluate()
+
     def evaluate(self) -> None:
-        """Validation loss now; the best so far is kept as ``best.pt``."""
-        with self._aside():
+        """Validation loss now; the best so far is kept as ``best.pt``. Whatever happens here, the run is saved before.
+
+        Raises:
+            Stopped: a signal came; the evaluation is left to the run that continues this one.
+        """
+        if self._is_calm():
+            self.saver.save_before_evaluation(self.step)
+        with self._aside(), self.stop.interruptible():
             began = time.perf_counter()
             seq_len = seq_len_at(self.config.train.phases, max(0, self.step - 1))
             self.recorder.status("evaluating")
@@ -297,8 +232,8 @@ class Trainer:
                 "best_val_loss": self.best_val_loss, "seq_len": seq_len, "eval_tokens": n_tokens,
                 "eval_s": time.perf_counter() - began,
             })
-            if best:
-                self._save(self.directory.path / BEST, with_optimizer=False)
+        if best:
+            self.saver.save_best(self.step)
 
     def _analysis_due(self, step: int) -> bool:
         log, every = self.config.log, self.config.log.analysis_every
@@ -325,67 +260,105 @@ class Trainer:
                 return
             self.recorder.log({"type": "analysis", "step": self.step + 1, **row})
 
-    def event(self, name: str, message: str, **details: Any) -> None:
-        """Something that happened once: shown, and recorded."""
-        self.recorder.log({"type": "event", "step": self.step, "event": name, "message": message, **details})
+    # ---- when something goes wrong
 
-    # ---- saving
+    def _take_readings(self, wait: bool = False) -> None:
+        """Look at the steps whose loss and norm have arrived, or at all of them; ``verdict`` may come of it."""
+        for reading in self.readings.arrived(wait):
+            if reading.skipped:
+                self.recorder.warn(reading.step + 1, f"the update of step {reading.step + 1} was skipped: its loss was "
+                                   f"{reading.loss:.4g}, its gradient norm {reading.norm:.4g}; it read "
+                                   f"{self.order.describe(reading.step)}")
+            self.verdict = self.verdict or self.watch.add(reading)
 
-    def save_step(self) -> None:
-        """``stepNNNNNNNN.pt``, and ``last.pt`` as the same file."""
-        with self.clock.pause():
-            path = self.directory.path / f"step{self.step:08d}.pt"
-            self._save(path, with_optimizer=self.config.run.save_optim)
-            checkpoint.link_checkpoint(path, self.directory.path / LAST)
-            checkpoint.prune_checkpoints(self.directory.path, self.config.run.keep_last)
-            self._saved(path)
-            self.recorder.refresh_report(self.step)
+    def _is_calm(self) -> bool:
+        """Whether all steps look right, the last one included: what is saved now is worth going back to."""
+        self._take_readings(wait=True)
+        return self.verdict is None and self.watch.calm
 
-    def _save(self, path: Path, *, with_optimizer: bool) -> None:
-        self.recorder.status(f"saving {path.name}")
-        checkpoint.save_checkpoint(path, snapshot(
-            self.parts, step=self.step, best_val_loss=self.best_val_loss, divisions=self.fit.divisions(),
-            with_optimizer=with_optimizer))
+    def _went_back(self) -> bool:
+        """Whether the run has gone back to a checkpoint, and reads other data from there."""
+        self._take_readings()
+        if self.verdict is None:
+            return False
+        self._go_back(self.verdict)
+        return True
 
-    def _saved(self, path: Path) -> None:
-        self.saved_at, self.saved_time = self.step, time.monotonic()
-        self.event("checkpoint", f"saved {path.name}")
+    def _go_back(self, verdict: Verdict) -> None:
+        """Load the last good checkpoint and pass over the data at which the run went wrong.
 
-    def _save_last(self) -> None:
-        """``last.pt`` of the current step, unless it is that already or there is nothing new in it."""
-        if self.saved_at != self.step:
-            self._save(path := self.directory.path / LAST, with_optimizer=self.config.run.save_optim)
-            self._saved(path)
+        Raises:
+            Diverged: it has done so too often, or there is no such checkpoint.
+        """
+        calmer = f"give a smaller --lr (now {self.config.optim.lr:g}), more --warmup-steps or a smaller --grad-clip"
+        most = self.config.train.max_rollbacks
+        if len(self.order.skips) >= most:
+            raise Diverged(f"{verdict.reason}. The run has gone back {len(self.order.skips)} times (--max-rollbacks "
+                           f"{most}), so it is not the data: {calmer}, and start from a step*.pt or anew")
+        self.saver.flush()
+        path = checkpoint_before(self.directory.path, verdict)
+        if path is None:
+            raise Diverged(f"{verdict.reason}. There is no checkpoint from before that: {calmer}; --save-minutes or "
+                           "--save-every saves more often")
+        start, reached_step = reload(self.parts, path), self.step
+        self.fit = self.parts.fit
+        self.order = self.order.skipping(verdict.first_step, verdict.last_step)
+        self._begin_at(start)
+        self.saver.went_back(self.step)
+        self.recorder.rewind(self.step)
+        self.event("rollback", f"{verdict.reason}. Back from step {reached_step} to {path.name} of step {self.step}; "
+                   f"the batches of steps {verdict.first_step + 1} to {verdict.last_step + 1} are passed over",
+                   first_step=verdict.first_step, last_step=verdict.last_step, checkpoint=path.name)
 
-    def _how_to_continue(self) -> str:
-        if not self.config.run.save_optim:
-            return "without optimizer state (--no-save-optim) it cannot be continued exactly"
-        if self.saved_at == 0:
-            return "nothing to save yet"
-        return f"the same command with --resume --ckpt {self.directory.path / LAST} continues"
-
-    def rescue(self) -> None:
-        """Save the last whole step after an error, which the caller then raises."""
+    def rescue(self, error: Exception) -> None:
+        """Save the last whole step after ``error``, which the caller then raises."""
+        if isinstance(error, (Diverged, LockedError)):
+            return  # what it has come to is not worth saving; or another process saves there
         if self.updating:
             self.recorder.warn(self.step, f"an error ended the run within the update of step {self.step}, and left "
                                f"weights that belong to no step: {LAST} stays as it is")
             return
         self.recorder.warn(self.step, f"an error ended the run at step {self.step}; saving {LAST}")
         try:
-            self._save_last()
-        except Exception as error:  # fallback: the error that ended the run says more than this one
-            self.recorder.warn(self.step, f"{LAST} could not be saved either ({type(error).__name__}: {error})")
+            self._forget_gradients()
+            self.saver.secure(self.step)
+            self.saver.finish(self.step)
+        except Exception as second:  # fallback: the error that ended the run says more than this one
+            self.recorder.warn(self.step, f"{LAST} could not be saved either ({type(second).__name__}: {second})")
+
+    # ---- saving
+
+    def contents(self, with_optimizer: bool) -> dict[str, Any]:
+        """The run as it is, for a checkpoint."""
+        return snapshot(
+            self.parts, step=self.step, best_val_loss=self.best_val_loss, divisions=self.fit.divisions(),
+            with_optimizer=with_optimizer, skips=self.order.skips, watch=self.watch.state_dict(),
+            evaluated_at=self.evaluated_at)
 
     def finish(self) -> None:
-        """Save where the run stands, evaluate a finished one, and write the report."""
-        stopped = self.stop.signum is not None
-        # Saved before the evaluation: whatever happens there, the run is not lost.
-        self._save_last()
-        if not stopped and self.evaluated_at != self.step:
-            self.evaluate()
-        if stopped:
+        """Save where the run stands, evaluate a finished one, and write the report.
+
+        Raises:
+            OnebError: it could not be saved.
+        """
+        # Before the evaluation: whatever happens there, the run is not lost. What a verdict speaks of is not kept.
+        if self.verdict is None:
+            self.saver.secure(self.step)
+        if not self.stop.signum and self.evaluated_at != self.step:
+            with contextlib.suppress(Stopped):
+                self.evaluate()
+        self.saver.flush()
+        if self.step < self.config.train.steps:
             text = f"stopped by signal {self.stop.signum} at step {self.step}; {self._how_to_continue()}"
             self.event("stopped", text)
         else:
             self.event("finish", f"finished {self.step} steps, {self.tokens:,} tokens")
         self.recorder.refresh_report(self.step)
+        self.saver.finish(self.step)
+
+    def _how_to_continue(self) -> str:
+        if not self.config.run.save_optim:
+            return "without optimizer state (--no-save-optim) it cannot be continued exactly"
+        if self.saver.saved_step is None:
+            return "nothing to save yet"
+        return f"the same command with --resume --ckpt {self.directory.path / LAST} continues"
