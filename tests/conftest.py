@@ -7,4 +7,5 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from data_helpers import *  # noqa: E402, F403
+from forked_runs import *  # noqa: E402, F403
 from small_disk import *  # noqa: E402, F403

@@ -1,4 +1,4 @@
-"""``python3 prepare_fineweb.py``: text to a token file."""
+"""``python3 prepare_fineweb.py``: text, or ready tokens, to a token file."""
 
 from __future__ import annotations
 
@@ -6,50 +6,61 @@ import argparse
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oneb.cli.guard import reports_mistakes
 from oneb.cli.options import OptionParser
+from oneb.cli.prepare_line import ProgressLine
 from oneb.errors import OnebError
 from oneb.units import format_count, format_duration, parse_count
 
 if TYPE_CHECKING:
     from oneb.data.prepare import Prepared
-    from oneb.data.sources import Skipped
+    from oneb.data.sources import InputFile
 
-_PACKAGES = ("numpy", "tiktoken", "pyarrow", "huggingface_hub", "tqdm")
+_PACKAGES = ("numpy", "tiktoken", "pyarrow", "huggingface_hub")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of ``prepare_fineweb.py``."""
     parser = OptionParser(
         prog="prepare_fineweb.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Tokenize FineWeb-Edu, or text of your own, into one .npy file for training.",
+        description="Make FineWeb-Edu, or text of your own, into one .npy file for training.",
         epilog="examples:\n"
                "  python3 prepare_fineweb.py --tokens 100M --output fineweb_100m.npy\n"
                "  python3 prepare_fineweb.py --tokens 1B --output fineweb_1b.npy\n"
-               "  python3 prepare_fineweb.py --input books/ notes.jsonl.gz --output mine.npy\n\n"
-               "1B tokens take 2 GB of disk. Beside X.npy appears X.npy.meta, which says what X.npy holds:\n"
-               "keep the two together.")
-    parser.add_argument("--output", required=True, type=Path, metavar="X.npy",
-                        help="the token file to write")
+               "  python3 prepare_fineweb.py --input books/ notes.jsonl.gz --output mine.npy\n"
+               "  python3 prepare_fineweb.py --verify mine.npy\n\n"
+               "1B tokens take 2 GB of disk. Beside X.npy appear X.npy.meta, which says what X.npy holds,\n"
+               "X.npy.idx.npy, where its documents begin, and X.npy.sources.json: keep them together.\n"
+               "Stopped or killed at any moment, the same command continues.")
+    parser.add_argument("--output", type=Path, metavar="X.npy", help="the token file to write")
     parser.add_argument("--tokens", type=parse_count, metavar="N",
                         help="exactly so many tokens: 100M, 1B, 5000000. Default with --input: all there is; "
                              "without --input it must be given")
     parser.add_argument("--input", nargs="+", metavar="PATH",
-                        help="read these instead of --source: .parquet, .jsonl, .jsonl.gz or .txt files "
-                             "(a .txt is one document), folders or globs of them")
-    parser.add_argument("--source", default="fineweb-edu", choices=["fineweb-edu"],
-                        help="dataset to stream from the Hugging Face Hub "
-                             "(default: %(default)s, its 10B-token sample)")
-    parser.add_argument("--tokenizer", default="gpt2", choices=["gpt2", "bytes"],
-                        help="gpt2: 50257 ids; bytes: 257 ids (default: %(default)s)")
+                        help="read these instead of --source: .parquet, .jsonl(.gz, .zst), .txt (a .txt is one "
+                             "document) or .bin (ready GPT-2 tokens) files, folders or globs of them")
+    parser.add_argument("--source", default="fineweb-edu", metavar="NAME",
+                        help="dataset on the Hugging Face Hub: fineweb-edu, fineweb, or owner/name[@revision] of one "
+                             "with parquet files (default: %(default)s)")
+    parser.add_argument("--source-files", default="*.parquet", metavar="PATTERN",
+                        help="the files of an owner/name (default: %(default)s; * also crosses folders)")
+    parser.add_argument("--retokenize", action="store_true",
+                        help="tokenize text also where the Hub has the tokens ready (default: take these)")
+    parser.add_argument("--tokenizer", default="gpt2", metavar="NAME",
+                        help="gpt2: 50257 ids; bytes: 257 ids; or the path of a Hugging Face tokenizer.json "
+                             "(default: %(default)s)")
     parser.add_argument("--text-column", default="text", metavar="NAME",
                         help="where parquet and JSON documents keep their text (default: %(default)s)")
+    parser.add_argument("--workers", type=int, metavar="N",
+                        help="processes (default: one a core, if there is memory and work for so many)")
     parser.add_argument("--force", action="store_true",
                         help="replace --output if it exists (default: refuse)")
+    parser.add_argument("--verify", type=Path, metavar="X.npy",
+                        help="make nothing: read X.npy again, compare it with what is said of it, decode samples")
     return parser
 
 
@@ -57,12 +68,24 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done (also when the input held fewer tokens than asked), 2 a user's mistake, 130 Ctrl-C."""
     arguments = build_parser().parse_args(argv)
+    if (arguments.output is None) == (arguments.verify is None):
+        raise OnebError("wanted either --output X.npy, to make it, or --verify X.npy")
+    if arguments.workers is not None and arguments.workers < 1:
+        raise OnebError(f"--workers {arguments.workers}: wanted at least 1")
     _require_packages()
+    line = ProgressLine(sys.stderr)
     try:
-        _prepare(arguments)
+        if arguments.verify is not None:
+            _verify(arguments.verify)
+        else:
+            _prepare(arguments, line)
     except KeyboardInterrupt:
-        print(f"\nstopped before {arguments.output} was done", file=sys.stderr)
+        line.close()
+        print(f"\nstopped before {arguments.output or arguments.verify} was done"
+              + ("; run the same command again, and it continues" if arguments.output else ""), file=sys.stderr)
         return 130
+    finally:
+        line.close()
     return 0
 
 
@@ -73,56 +96,71 @@ def _require_packages() -> None:
                         "bash quickstart.sh, or python3 -m pip install -r requirements_runtime.txt")
 
 
-def _prepare(arguments: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    from oneb.data.prepare import check_output, prepare
-    from oneb.data.sources import Skipped
+def _prepare(arguments: argparse.Namespace, line: ProgressLine) -> None:
+    from oneb.data.prepare import check_output, default_workers, prepare
     from oneb.data.tokenizer import load_tokenizer
+    from oneb.data.workers import usable_workers
 
     if arguments.tokens is None and not arguments.input:
-        raise OnebError(f"--source {arguments.source} needs --tokens (its sample holds 10B); "
+        raise OnebError(f"--source {arguments.source} needs --tokens (it holds billions); "
                         "for instance --tokens 100M")
     check_output(arguments.output, arguments.tokens, force=arguments.force)
-    skipped = Skipped()
-    documents, source = _documents(arguments, skipped)
+    files, source, revision = _files(arguments, line.say)
     tokenizer = load_tokenizer(arguments.tokenizer)
-    started, text_bytes = time.monotonic(), 0
-    with tqdm(total=arguments.tokens, unit="tok", unit_scale=True, dynamic_ncols=True) as bar:
-        def progress(new_tokens: int, new_bytes: int) -> None:
-            nonlocal text_bytes
-            text_bytes += new_bytes
-            text_rate = text_bytes / 1e6 / (time.monotonic() - started)
-            bar.set_postfix_str(f"{text_rate:.1f} MB/s of text", refresh=False)
-            bar.update(new_tokens)
-
-        done = prepare(documents, tokenizer, arguments.output, source=source, n_tokens=arguments.tokens,
-                       force=arguments.force, progress=progress)
-    _report(done, skipped, time.monotonic() - started)
+    workers = arguments.workers or default_workers(files, arguments.tokens, usable_workers())
+    started = time.monotonic()
+    done = prepare(files, tokenizer, arguments.output, source=source, revision=revision, n_tokens=arguments.tokens,
+                   text_column=arguments.text_column, n_workers=workers, force=arguments.force, say=line.say,
+                   progress=line.update)
+    line.close()
+    _report(done, time.monotonic() - started)
 
 
-def _documents(arguments: argparse.Namespace, skipped: Skipped) -> tuple[Iterator[str], str]:
-    """The documents, and where they come from in words."""
-    from oneb.data.sources import SOURCES, file_documents, find_inputs, hub_documents
+def _files(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[list[InputFile], str, str | None]:
+    """The input, where it comes from in words, and its revision."""
+    from oneb.data.sources import describe, local_inputs
 
     if arguments.input:
-        files = find_inputs(arguments.input)
-        return (file_documents(files, arguments.text_column, skipped),
-                f"{len(files)} local files, {files[0].name} first")
-    dataset = SOURCES[arguments.source]
-    return (hub_documents(dataset, arguments.text_column, skipped),
-            f"{dataset.repo}@{dataset.revision} {dataset.pattern}")
+        files = local_inputs(arguments.input)
+        return files, describe(files), None
+    from oneb.data.hub_sources import hub_inputs
+
+    return hub_inputs(arguments.source, arguments.source_files, tokenizer=arguments.tokenizer,
+                      n_tokens=arguments.tokens, retokenize=arguments.retokenize, say=say)
 
 
-def _report(done: Prepared, skipped: Skipped, seconds: float) -> None:
+def _report(done: Prepared, seconds: float) -> None:
     tokens, documents = done.sidecar.tokens, done.sidecar.documents
+    assert tokens is not None
+    rate = f", {done.text_bytes / 1e6:.0f} MB of text" if done.text_bytes else ""
     print(f"wrote {done.path}: {tokens} tokens ({format_count(tokens)}) of {documents} documents "
-          f"in {format_duration(seconds)}")
+          f"in {format_duration(seconds)}{rate}")
+    skipped = done.skipped
     if str(skipped):
         print(f"left out documents: {skipped}")
+    if skipped.mended:
+        print(f"warning: {skipped.mended} documents were not valid UTF-8; what could not be read is U+FFFD now",
+              file=sys.stderr)
+    if skipped.damaged:
+        places = "".join(f"\n  {place}" for place in skipped.examples)
+        print(f"warning: damaged in {skipped.damaged} places, and not read on from there; copy these files again if "
+              f"you can:{places}", file=sys.stderr)
     if done.short_by:
         print(f"warning: the input held {tokens} tokens, {done.short_by} fewer than the "
               f"{tokens + done.short_by} asked for; the file is whole, but shorter", file=sys.stderr)
+
+
+def _verify(path: Path) -> None:
+    from oneb.data.sidecar import read_sidecar
+    from oneb.data.tokenizer import load_tokenizer
+    from oneb.data.verify import samples, verify
+
+    found = verify(path)
+    print(f"{path}: {found.tokens} tokens of {len(found.lengths)} documents are what {path}.meta says")
+    sidecar = read_sidecar(path)
+    if sidecar is not None and sidecar.encoding is not None:
+        for place, text in samples(path, load_tokenizer(sidecar.encoding), 3, 64):
+            print(f"  from token {place}: {text!r}")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,34 @@
-"""Documents to a token file: ``X.npy`` and its sidecar ``X.npy.meta``."""
+"""Files of text, or of ready tokens, to a token file: ``X.npy``, its sidecar, its document index.
+
+The input is cut into units in an order that depends on it alone (``units``); processes encode them (``workers``) into
+parts (``parts``); this one appends these in order and keeps a journal (``journal``), so that the finished bytes are the
+same for any number of processes and any history of kills.
+"""
 
 from __future__ import annotations
 
+import errno
 import shutil
-import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
-from oneb.data.sidecar import Sidecar, sidecar_path, write_sidecar
+from oneb.data.assemble import Progress, Work
+from oneb.data.encode import write_ranks
+from oneb.data.journal import Journal, parts_folder
+from oneb.data.parts import Job
+from oneb.data.sidecar import Sidecar
+from oneb.data.sources import InputFile, Skipped, check_kinds
 from oneb.data.tokenizer import Tokenizer
+from oneb.data.units import UNIT_BYTES
+from oneb.data.workers import disk_full
 from oneb.errors import OnebError
-from oneb.files import atomic_writer, sha256_file
+from oneb.files import sha256_file
 from oneb.units import format_gib
 
-_BATCH_CHARS = 4 * 2**20  # text handed to the tokenizer at once: enough to keep all cores busy
-_HEADER_BYTES = 128
+_FORMAT = 1  # of the units: another number starts unfinished work over
 
 
 @dataclass(frozen=True)
@@ -29,9 +38,11 @@ class Prepared:
     path: Path
     sidecar: Sidecar  # its `tokens` is the true count
     short_by: int  # tokens asked for that the input did not have
+    skipped: Skipped
+    text_bytes: int
 
 
-def check_output(output: Path, n_tokens: int | None, *, force: bool = False) -> None:
+def check_output(output: Path, n_tokens: int | None, itemsize: int = 2, *, force: bool = False) -> None:
     """Look at everything about ``output`` that could fail after an hour of tokenizing.
 
     Raises:
@@ -39,95 +50,99 @@ def check_output(output: Path, n_tokens: int | None, *, force: bool = False) -> 
     """
     if output.suffix != ".npy":
         raise OnebError(f"--output {output}: wanted a file name ending in .npy")
-    if output.exists() and not force:
+    unfinished = parts_folder(output)
+    if output.exists() and not force and not (unfinished / "final.json").exists():
         raise OnebError(f"--output {output} exists already. Use it as it is, choose another name, "
                         "or replace it with --force")
     folder = output.parent
     if not folder.is_dir():
         raise OnebError(f"--output {output}: there is no folder {folder.absolute()}; create it with: "
                         f"mkdir -p {folder}")
-    needed, free = 2 * (n_tokens or 0), shutil.disk_usage(folder).free  # uint16, as both tokenizers write
+    done = sum(path.stat().st_size for path in unfinished.glob("*")) if unfinished.is_dir() else 0
+    needed, free = itemsize * (n_tokens or 0) - done, shutil.disk_usage(folder).free
     if needed > free:
         raise OnebError(f"--output {output}: {n_tokens} tokens take {format_gib(needed)}, the disk has "
                         f"{format_gib(free)} free; ask for fewer --tokens or write to another disk")
 
 
-def prepare(documents: Iterable[str], tokenizer: Tokenizer, output: Path, *, source: str,
-            n_tokens: int | None = None, force: bool = False,
-            progress: Callable[[int, int], None] = lambda tokens, text_bytes: None) -> Prepared:
-    """Tokenize ``documents`` into ``output``, the end-of-text id after each.
+def prepare(files: Sequence[InputFile], tokenizer: Tokenizer, output: Path, *, source: str, revision: str | None = None,
+            n_tokens: int | None = None, text_column: str = "text", n_workers: int = 1, force: bool = False,
+            say: Callable[[str], None] = lambda message: None,
+            progress: Callable[[Progress], None] = lambda progress: None) -> Prepared:
+    """Tokenize ``files`` into ``output``, the end-of-text id after each document.
 
-    The file appears under its name only when whole, then the sidecar.
+    The file appears under its name only when whole. Killed at any moment, the same call continues; until then the
+    work lies in ``X.npy.parts``.
 
     Args:
-        source: where the documents come from, for the sidecar.
-        n_tokens: exactly so many tokens, the last document cut; None takes all documents.
-        progress: called with the tokens and bytes of text added since the last call.
+        source, revision: where the documents come from, for the sidecar.
+        n_tokens: exactly so many tokens, the last document cut; None takes all there is.
+        n_workers: processes; 1 works in this one.
+        say: told a sentence about what is not as usual.
+        progress: called about twice a second.
 
     Raises:
-        OnebError: as ``check_output``; or if there is no text at all.
+        OnebError: as ``check_output``; if there is no text at all; if a file, its disk or the Hub fails.
     """
-    check_output(output, n_tokens, force=force)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    with atomic_writer(output) as file:
-        written, n_documents, max_id = _write_tokens(file, documents, tokenizer, dtype, n_tokens, progress)
-        # The old sidecar goes first: beside the new file, should we be killed here, it would be a lie.
-        sidecar_path(output).unlink(missing_ok=True)
-    sidecar = Sidecar(tokens=written, documents=n_documents, encoding=tokenizer.name,
-                      vocab_size=tokenizer.vocab_size, eot=tokenizer.eot, source=source,
-                      format=f"npy {dtype.name}", sha256=sha256_file(output), max_id=max_id)
-    write_sidecar(output, sidecar)
-    return Prepared(output, sidecar, short_by=0 if n_tokens is None else n_tokens - written)
+    check_output(output, n_tokens, dtype.itemsize, force=force)
+    check_kinds(files, tokenizer.name)
+    key = {"format": _FORMAT, "tokens": n_tokens, "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.sha256,
+           "text_column": text_column, "source": source,
+           "input": [[file.name, file.size, file.version] for file in files]}
+    journal = Journal(output, dtype, key, say)
+    try:
+        sidecar = journal.finished()
+        if sidecar is not None:
+            journal.publish()
+            return Prepared(output, sidecar, max(0, (n_tokens or 0) - sidecar.tokens), Skipped(), 0)
+        if (journal.folder / "final.json").exists():  # of other options: that file is whole, so it gets its name
+            journal.publish()
+            journal.close()
+            check_output(output, n_tokens, dtype.itemsize, force=force)
+            journal = Journal(output, dtype, key, say)
+        journal.begin()
+        ranks, trouble = write_ranks(tokenizer, journal.folder)
+        if trouble:
+            say(f"warning: {trouble}")
+        job = Job(journal.key, journal.folder, tokenizer.name, ranks, tokenizer.eot, tokenizer.vocab_size, dtype.name,
+                  text_column, len(files))
+        Work(files, job, journal, n_workers, n_tokens, progress).run()
+        return _finish(journal, files, tokenizer, source, revision, n_tokens)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(journal.folder) from error
+        raise
+    finally:
+        journal.give_up()
+        journal.close()
 
 
-def _write_tokens(file: IO[bytes], documents: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype,
-                  n_tokens: int | None, progress: Callable[[int, int], None]) -> tuple[int, int, int]:
-    """Write the whole .npy; returns tokens, documents and the largest id."""
-    file.write(npy_header(dtype, 0))  # its length does not depend on the count, known at the end
-    written, n_documents, max_id = 0, 0, 0
-    for texts in _batched(documents):
-        ids = _encode_documents(tokenizer, texts, dtype)
-        if n_tokens is not None:
-            ids = ids[:n_tokens - written]
-        file.write(ids.tobytes())
-        written += len(ids)
-        # Text never encodes to eot, so each is a document's end; the last document may be cut.
-        n_documents += int(np.count_nonzero(ids == tokenizer.eot)) + int(ids[-1] != tokenizer.eot)
-        max_id = max(max_id, int(ids.max()))
-        progress(len(ids), sum(len(text.encode("utf-8", errors="replace")) for text in texts))
-        if written == n_tokens:
-            break
-    if written == 0:
+def _finish(journal: Journal, files: Sequence[InputFile], tokenizer: Tokenizer, source: str, revision: str | None,
+            n_tokens: int | None) -> Prepared:
+    state = journal.state
+    if state.tokens == 0:
+        damage = "".join(f"; {place}" for place in state.skipped.examples[:3])
         raise OnebError("the input holds no text: every document was empty or without the text column. "
-                        "Check --input and --text-column")
-    file.seek(0)
-    file.write(npy_header(dtype, written))
-    return written, n_documents, max_id
+                        f"Check --input and --text-column{damage}")
+    documents = state.documents + (not state.ended)  # the last one may be cut
+    sources = [{"name": files[number].name, "size": files[number].size, "sha256": done.sha256,
+                "tokens": done.tokens, "documents": done.documents} for number, done in enumerate(state.files)]
+
+    def sidecar(whole: Path) -> Sidecar:
+        return Sidecar(
+            tokens=state.tokens, documents=documents, encoding=tokenizer.name, vocab_size=tokenizer.vocab_size,
+            eot=tokenizer.eot, source=source, format=f"npy {journal.dtype.name}", sha256=sha256_file(whole),
+            max_id=state.max_id, revision=revision, tokenizer_sha256=tokenizer.sha256)
+
+    made = journal.finish(sidecar, sources)
+    short_by = 0 if n_tokens is None else n_tokens - state.tokens
+    return Prepared(journal.output, made, short_by, state.skipped, state.text_bytes)
 
 
-def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    n_chars = 0
-    for text in documents:
-        batch.append(text)
-        n_chars += len(text)
-        if n_chars >= _BATCH_CHARS:
-            yield batch
-            batch, n_chars = [], 0
-    if batch:
-        yield batch
-
-
-def _encode_documents(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype) -> np.ndarray:
-    """All documents in a row, (n,), each followed by the end-of-text id."""
-    end = [tokenizer.eot]
-    pieces = chain.from_iterable((ids, end) for ids in tokenizer.encode_batch(texts))
-    return np.fromiter(chain.from_iterable(pieces), dtype)
-
-
-def npy_header(dtype: np.dtype, n_tokens: int) -> bytes:
-    """A .npy version 1.0 header for a 1-D array: 128 bytes for any count, so it can be filled in later."""
-    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({n_tokens},), }}"
-    prefix = b"\x93NUMPY\x01\x00"
-    n_text = _HEADER_BYTES - len(prefix) - 2
-    return prefix + struct.pack("<H", n_text) + text.ljust(n_text - 1).encode("ascii") + b"\n"
+def default_workers(files: Sequence[InputFile], n_tokens: int | None, most: int) -> int:
+    """Processes worth starting for ``files``, of at most so many: each should have a few units."""
+    n_bytes = sum(file.size for file in files)
+    if n_tokens is not None:
+        n_bytes = min(n_bytes, 4 * n_tokens)
+    return max(1, min(most, n_bytes // (2 * UNIT_BYTES)))

@@ -1,24 +1,27 @@
-"""Where documents come from: FineWeb-Edu on the Hugging Face Hub, or files of the user's own."""
+"""What may be prepared: local files, datasets of the Hugging Face Hub; and what is left out on the way."""
 
 from __future__ import annotations
 
 import glob
-import gzip
-import json
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
 
 from oneb.errors import OnebError
 
-INPUT_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+# Longest first: ".jsonl.gz" is no ".gz".
+KINDS = {
+    ".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "packed", ".jsonl.zst": "packed", ".txt": "txt",
+    ".bin": "tokens",
+}
+INPUT_SUFFIXES = tuple(KINDS)
+_EXAMPLES = 20  # damaged places that are kept word for word
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Parquet files of a dataset repository, at one revision for good so that a run can be repeated."""
+    """Files of a dataset repository, at one revision for good so that a run can be repeated."""
 
     repo: str
     revision: str
@@ -28,56 +31,91 @@ class HubDataset:
 SOURCES = {
     "fineweb-edu": HubDataset("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
                               "sample/10BT/*.parquet"),
+    "fineweb": HubDataset("HuggingFaceFW/fineweb", "main", "sample/10BT/*.parquet"),
 }
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file to read, wherever it lies.
+
+    Attributes:
+        name: as the user gave it, or its path in the dataset; with ``size`` and ``version`` its identity.
+        size: bytes.
+        version: changes when the content does: a local file's modification time in ns, a Hub file's sha256.
+        sha256: where it is known without reading the file.
+        open: gives the path of the whole file on this machine; may download, raises OnebError. It is given a function
+            to call with the bytes that are here and the size; where that raises, it ends.
+        remote: it may have to be downloaded, so it is not opened before it is needed.
+    """
+
+    name: str
+    size: int
+    version: str
+    sha256: str | None
+    open: Callable[[Callable[[int, int], None]], Path]
+    remote: bool = False
+
+    @property
+    def kind(self) -> str:
+        """How it is read: a value of ``KINDS``."""
+        kind = kind_of(self.name)
+        assert kind is not None
+        return kind
 
 
 @dataclass
 class Skipped:
-    """Documents left out, by reason; readers count here while they run."""
+    """What was left out or mended, by reason. Sums over the units of an input do not depend on who counted them."""
 
-    empty: int = 0  # no text, or null
+    empty: int = 0  # documents without text, or null
     bad_json: int = 0  # lines that are not a JSON object
     no_text: int = 0  # JSON objects without the text column, or where it is not a string
+    too_long: int = 0  # JSON lines that would not fit in memory
+    mended: int = 0  # documents whose invalid UTF-8 became U+FFFD; these are kept
+    damaged: int = 0  # places where a file could not be read on
+    examples: list[str] = field(default_factory=list)  # the first damaged places
+
+    def add(self, other: Skipped) -> None:
+        """Count ``other``, too."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        del self.examples[_EXAMPLES:]
+
+    def damage(self, place: str) -> None:
+        """Count a place where reading had to stop."""
+        self.damaged += 1
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append(place)
 
     def __str__(self) -> str:
-        reasons = {"empty": self.empty, "not a JSON object": self.bad_json,
-                   "without the text column": self.no_text}
+        reasons = {"empty": self.empty, "not a JSON object": self.bad_json, "without the text column": self.no_text,
+                   "longer than fits in memory": self.too_long}
         return ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
 
 
-# -- The Hub -------------------------------------------------------------------------------------
+def kind_of(name: str) -> str | None:
+    """How a file of that name is read, or None."""
+    return next((kind for suffix, kind in KINDS.items() if name.lower().endswith(suffix)), None)
 
-def hub_documents(dataset: HubDataset, text_column: str, skipped: Skipped,
-                  endpoint: str | None = None) -> Iterator[str]:
-    """The documents of a Hub dataset in the order of its files, streamed by row group.
 
-    Args:
-        endpoint: the Hub's address, by default what huggingface_hub is set to.
+def local_inputs(inputs: Sequence[str]) -> list[InputFile]:
+    """The files that paths, folders and globs stand for, in order.
 
     Raises:
-        OnebError: if the Hub cannot be reached or does not have the files.
+        OnebError: as ``find_inputs``.
     """
-    from huggingface_hub import HfFileSystem
-    from huggingface_hub.utils import HfHubHTTPError
-
-    # Its bases include its HTTP library's own error, which is another library in each major version.
-    failures = (OSError, *HfHubHTTPError.__bases__)
-    fs = HfFileSystem(endpoint=endpoint)
-    folder = f"datasets/{dataset.repo}@{dataset.revision}"
-    try:
-        paths = sorted(fs.glob(f"{folder}/{dataset.pattern}"))
-        if not paths:
-            raise OnebError(f"{folder} has no files {dataset.pattern} on the Hub; check the revision")
-        for path in paths:
-            with fs.open(path, "rb") as file:
-                yield from _parquet_documents(path, file, text_column, skipped)
-    except failures as error:
-        raise OnebError(f"the Hugging Face Hub did not deliver {dataset.repo} ({type(error).__name__}: "
-                        f"{str(error)[:300]}). Check the network and run the command again, or download the "
-                        "files by other means and give them with --input") from error
+    files = []
+    for path in find_inputs(inputs):
+        status = path.stat()
+        files.append(InputFile(str(path), status.st_size, str(status.st_mtime_ns), None,
+                               partial(_here, path.absolute())))
+    return files
 
 
-# -- Local files ---------------------------------------------------------------------------------
+def _here(path: Path, progress: Callable[[int, int], None]) -> Path:
+    return path
+
 
 def find_inputs(inputs: Sequence[str]) -> list[Path]:
     """The files that paths, folders (searched to the bottom) and globs stand for, in order.
@@ -89,7 +127,7 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
     for given in inputs:
         target = Path(given).expanduser()
         if target.is_dir():
-            found = sorted(path for path in target.rglob("*") if path.is_file() and _kind(path))
+            found = sorted(path for path in target.rglob("*") if path.is_file() and kind_of(path.name))
         elif target.is_file():
             found = [target]
         else:
@@ -98,83 +136,28 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
         if not found:
             raise OnebError(f"--input {given}: nothing to read there (looked for {target.absolute()}); "
                             f"wanted files ending in {', '.join(INPUT_SUFFIXES)}, a folder or a glob of them")
-        unknown = next((path for path in found if not _kind(path)), None)
+        unknown = next((path for path in found if not kind_of(path.name)), None)
         if unknown is not None:
             raise OnebError(f"--input {unknown}: wanted a file ending in {', '.join(INPUT_SUFFIXES)}")
         files += found
     return files
 
 
-def file_documents(files: Sequence[Path], text_column: str, skipped: Skipped) -> Iterator[str]:
-    """The documents of local files, in order; a ``.txt`` file is one document.
+def describe(files: Sequence[InputFile]) -> str:
+    """Local files in words, for the sidecar."""
+    return f"{len(files)} local files, {Path(files[0].name).name} first"
+
+
+def check_kinds(files: Sequence[InputFile], encoding: str) -> None:
+    """That ready tokens are not mixed with text, nor asked for in another vocabulary.
 
     Raises:
-        OnebError: if a file is damaged, not UTF-8, or a parquet file without the text column.
+        OnebError: naming the two.
     """
-    for path in files:
-        kind = _kind(path)
-        try:
-            if kind == ".parquet":
-                with open(path, "rb") as file:
-                    yield from _parquet_documents(str(path), file, text_column, skipped)
-            elif kind == ".txt":
-                yield from _not_empty([path.read_text(encoding="utf-8")], skipped)
-            else:
-                with gzip.open(path) if kind == ".jsonl.gz" else open(path, "rb") as file:
-                    yield from _json_documents(file, text_column, skipped)
-        except UnicodeDecodeError as error:
-            raise OnebError(f"{path} is not UTF-8 text (byte {error.start}); convert it first, "
-                            f"for instance with: iconv -f latin1 -t utf-8 {path}") from None
-        except (OSError, EOFError, zlib.error) as error:
-            raise OnebError(f"{path} cannot be read to its end ({error}); "
-                            "copy or download it again") from error
-
-
-def _kind(path: Path) -> str | None:
-    return next((suffix for suffix in INPUT_SUFFIXES if path.name.lower().endswith(suffix)), None)
-
-
-def _parquet_documents(name: str, file: IO[bytes], text_column: str, skipped: Skipped) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        parquet = pq.ParquetFile(file, pre_buffer=True)
-        if text_column not in parquet.schema_arrow.names:
-            columns = ", ".join(parquet.schema_arrow.names)
-            raise OnebError(f"{name} has no column {text_column!r}; it has {columns}. "
-                            "Name the one with text by --text-column")
-        column_type = parquet.schema_arrow.field(text_column).type
-        if not (pa.types.is_string(column_type) or pa.types.is_large_string(column_type)):
-            raise OnebError(f"{name}: column {text_column!r} holds {column_type}, wanted text; "
-                            "name another by --text-column")
-        for group in range(parquet.num_row_groups):
-            column = parquet.read_row_group(group, columns=[text_column]).column(text_column)
-            yield from _not_empty(column.to_pylist(), skipped)
-    except pa.ArrowException as error:
-        raise OnebError(f"{name} is not a whole parquet file ({error}); "
-                        "copy or download it again") from error
-
-
-def _json_documents(file: IO[bytes], text_column: str, skipped: Skipped) -> Iterator[str]:
-    for line in file:
-        if not line.strip():
-            continue
-        try:
-            record: Any = json.loads(line)
-        except ValueError:  # not JSON, or not UTF-8
-            record = None
-        if not isinstance(record, dict):
-            skipped.bad_json += 1
-        elif not isinstance(record.get(text_column), str):
-            skipped.no_text += 1
-        else:
-            yield from _not_empty([record[text_column]], skipped)
-
-
-def _not_empty(texts: Sequence[str | None], skipped: Skipped) -> Iterator[str]:
-    for text in texts:
-        if text:
-            yield text
-        else:
-            skipped.empty += 1
+    tokens = [file.name for file in files if file.kind == "tokens"]
+    texts = [file.name for file in files if file.kind != "tokens"]
+    if tokens and texts:
+        raise OnebError(f"the input holds ready tokens ({tokens[0]}) and text ({texts[0]}); prepare them apart")
+    if tokens and encoding != "gpt2":
+        raise OnebError(f"{tokens[0]} holds GPT-2 tokens, --tokenizer is {encoding}; use --tokenizer gpt2, "
+                        "or give text")

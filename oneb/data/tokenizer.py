@@ -1,10 +1,14 @@
-"""Text to token ids and back: GPT-2's vocabulary, and plain bytes for the demo."""
+"""Text to token ids and back: GPT-2's vocabulary, any tokenizer.json, and plain bytes for the demo."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+import base64
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
 
 from oneb.config import BYTE_VOCAB_SIZE, GPT2_VOCAB_SIZE
 from oneb.data.demo import DEMO_EOT
@@ -17,11 +21,9 @@ class Tokenizer(Protocol):
     name: str  # the `encoding` of a token file's sidecar
     vocab_size: int  # ids lie in [0, vocab_size)
     eot: int  # ends every document; text itself never encodes to it
+    sha256: str  # of what defines it
 
     def encode(self, text: str) -> list[int]: ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of each text, on all cores where that helps."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids in [0, vocab_size); bytes that are not UTF-8 become U+FFFD."""
@@ -33,12 +35,10 @@ class BytesTokenizer:
     name = "bytes"
     vocab_size = BYTE_VOCAB_SIZE
     eot = DEMO_EOT
+    sha256 = hashlib.sha256(b"bytes").hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", errors="replace"))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         pieces: list[bytes] = []
@@ -73,11 +73,68 @@ class Gpt2Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+    @cached_property
+    def ranks(self) -> bytes:
+        """The vocabulary as a ``.tiktoken`` file: a line of base64 and rank each, in order of rank."""
+        pairs = ((self._encoding.decode_single_token_bytes(rank), rank) for rank in range(self.eot))
+        return b"".join(base64.b64encode(piece) + b" %d\n" % rank for piece, rank in pairs)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.ranks).hexdigest()
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([int(token) for token in ids])
+
+
+class FileTokenizer:
+    """A Hugging Face ``tokenizer.json``, by the tokenizers package. Its special tokens are plain text in text."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from tokenizers import Tokenizer as Backend
+        except ImportError:
+            raise OnebError(f"--tokenizer {path} needs the tokenizers package: "
+                            "python3 -m pip install tokenizers") from None
+        try:
+            text = path.read_text(encoding="utf-8")
+            self._backend = Backend.from_str(text)
+        except Exception as error:  # the package raises bare Exceptions
+            raise OnebError(f"--tokenizer {path} cannot be read ({str(error)[:200]}); wanted gpt2, bytes or the path "
+                            "of a Hugging Face tokenizer.json") from error
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.name = str(path)
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eot = _end_of_text(path, vocabulary)
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
+
+
+# What models call the token that ends a document, most telling first.
+_END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]",
+              "<\uff5cend\u2581of\u2581sentence\uff5c>", "[SEP]")
+
+
+def _end_of_text(path: Path, vocabulary: dict[str, int]) -> int:
+    """The id that ends documents: what ``tokenizer_config.json`` beside it names, else a usual name."""
+    try:
+        beside: Any = json.loads(path.with_name("tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        beside = None
+    named = beside.get("content") if isinstance(beside, dict) else beside
+    for name in (named, *_END_NAMES):
+        if name in vocabulary:
+            return vocabulary[name]
+    raise OnebError(f"--tokenizer {path}: no token in it ends a document (looked for {', '.join(_END_NAMES)}). Put a "
+                    'tokenizer_config.json beside it that says {"eos_token": "..."}')
 
 
 TOKENIZERS: dict[str, type[BytesTokenizer] | type[Gpt2Tokenizer]] = {
@@ -86,13 +143,16 @@ TOKENIZERS: dict[str, type[BytesTokenizer] | type[Gpt2Tokenizer]] = {
 
 
 def load_tokenizer(encoding: str) -> Tokenizer:
-    """The tokenizer of that name ("gpt2" or "bytes").
+    """The tokenizer of that name: "gpt2", "bytes", or the path of a ``tokenizer.json``.
 
     ``TOKENIZERS[encoding].vocab_size`` is known without loading it.
 
     Raises:
         OnebError: for another name, or if GPT-2's vocabulary can be neither found nor downloaded.
     """
+    if encoding.endswith(".json"):
+        return FileTokenizer(Path(encoding).expanduser().absolute())
     if encoding not in TOKENIZERS:
-        raise OnebError(f"tokenizer {encoding!r} is not known; wanted one of {', '.join(TOKENIZERS)}")
+        raise OnebError(f"tokenizer {encoding!r} is not known; wanted one of {', '.join(TOKENIZERS)}, "
+                        "or the path of a Hugging Face tokenizer.json")
     return TOKENIZERS[encoding]()

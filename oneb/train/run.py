@@ -8,6 +8,7 @@ from pathlib import Path
 from torch.nn.attention import sdpa_kernel
 
 from oneb.config import Config
+from oneb.files import read_json_lines
 from oneb.kernels.attention import SDP_BACKENDS
 from oneb.train.disk import check_room, check_start, least_disk_use
 from oneb.train.lock import check_unlocked
@@ -40,7 +41,7 @@ def train(config: Config) -> int:
     check_room(parts.config, chosen, least_disk_use(parts.config))  # --optimizer auto has been decided
     start = restore(parts, chosen)
     chosen = dataclasses.replace(chosen, resume_from=start.checkpoint)  # an older one, where the newest is damaged
-    if start.step >= config.train.steps:
+    if _is_finished(config, chosen, start):
         print(f"nothing to do: {chosen.resume_from} has done {start.step} of {config.train.steps} steps")
         return 0
     with claimed(config, chosen) as directory, StopRequest() as stop:
@@ -49,6 +50,17 @@ def train(config: Config) -> int:
         if not directory.skip:
             _run(parts, directory, stop, start)
         return stop.exit_code
+
+
+def _is_finished(config: Config, directory: RunDirectory, start: StartingPoint) -> bool:
+    """Whether nothing is left to do. The evaluation at the end is, where its row is missing from the run's own."""
+    if start.step != config.train.steps:
+        return start.step > config.train.steps
+    try:
+        rows = read_json_lines(directory.path / "train.jsonl")
+    except (OSError, ValueError):  # fallback: without a record nobody can say that something is missing from it
+        return True
+    return any((row.get("type"), row.get("step")) == ("eval", start.step) for row in rows)
 
 
 def bring_back(config: Config) -> None:
