@@ -15,6 +15,7 @@ from data_helpers import write_npy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oneb.cli.data_size import count_tokens
 from oneb.data import tokens as tokens_module
 from oneb.data.tokens import open_tokens
 from oneb.errors import OnebError
@@ -380,3 +381,13 @@ def test_demo_is_the_standard_library_in_bytes():
 def test_demo_needs_its_vocabulary():
     with pytest.raises(OnebError, match="wanted --vocab-size 257 or more"):
         open_tokens("demo", vocab_size=256)
+
+
+def test_what_lies_beside_token_files_is_no_token_file(tmp_path):
+    for name in ("a.npy", "b.npy"):
+        np.save(tmp_path / name, np.arange(50, dtype=np.uint16))
+        np.save(tmp_path / f"{name}.idx.npy", np.array([0, 20, 50]))
+        (tmp_path / f"{name}.sources.json").write_text("[]")
+    for path in (tmp_path, tmp_path / "*.npy", tmp_path / "*"):
+        assert open_tokens(str(path), "npy", vocab_size=64).n_tokens == 100
+        assert count_tokens(str(path), "npy") == 100

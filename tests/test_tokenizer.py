@@ -22,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from oneb.data import encode
 from oneb.data.encode import FastGpt2, Gpt2Reference, make_encoder, pieces, trial_texts, write_ranks
-from oneb.data.tokenizer import load_tokenizer
+from oneb.data.tokenizer import known_tokenizer, load_tokenizer
 from oneb.errors import OnebError
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +127,18 @@ def test_long_white_space_is_cut_out_without_a_trace(gpt2_cache, text, longest):
     assert found.tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
 
+# The four tokens of GPT-2 that join the end of one character to the begin of the next: by the last byte of the first,
+# what must follow. Only here does it show whether both take a character for a letter.
+JOINED = {0x9A: "\u9192", 0xB6: "\u6975", 0x88: "\u8b6b", 0x91: "\u58eb"}
+
+
+def test_both_take_the_same_characters_for_letters(fast):
+    """Unicode 17's CJK Extension J, for one, is known to gigatoken and not to tiktoken."""
+    joined = [chr(code) + JOINED[last] for code in (*range(0x80, 0xD800), *range(0xE000, 0x40000))
+              if (last := chr(code).encode()[-1]) in JOINED]
+    assert not differing(fast, joined)
+
+
 WORDS = {
     "one letter": "a" * 10**6, "letters": "".join(random.Random(0).choices("abcdefghijklmnop", k=10**6)),
     "digits": "7" * 10**6, "signs": "=" * 10**6, "spaces": " " * 10**6, "line ends before a word": "\n" * 10**6 + "x",
@@ -210,3 +222,11 @@ def test_a_tokenizer_file(trained):
         assert tokenizer.eot not in ids
         assert tokenizer.decode(ids) == text
     assert make_encoder(str(trained), None).encode(b"the fox").tolist() == tokenizer.encode("the fox")
+
+
+@pytest.mark.parametrize("said", ["/etc/passwd", "../tokenizer.json", "x.json", "gpt2; rm -rf /", "llama", "$(id)"])
+def test_what_a_file_says_is_never_a_path_to_open(said):
+    """A .meta or a checkpoint may come from anybody: it chooses among our tokenizers, and opens nothing."""
+    with pytest.raises(OnebError, match="none of gpt2, bytes; give its tokenizer.json with --tokenizer"):
+        known_tokenizer(said)
+    assert known_tokenizer("bytes").name == "bytes"

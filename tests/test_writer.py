@@ -92,6 +92,26 @@ def test_the_copy_does_not_wait_for_the_disk(tmp_path, monkeypatch):
         assert_equal(read(tmp_path / "best.pt"), contents(7) | {"optimizer": None})
 
 
+def test_the_end_of_one_write_says_nothing_about_the_next_copy(tmp_path, monkeypatch):
+    """A second checkpoint is handed over while the first is written: its tensors are free when they are copied."""
+    go, real = threading.Event(), checkpoint._write
+    monkeypatch.setattr(checkpoint, "_write", lambda path, values: go.wait(20) and real(path, values))
+    with CheckpointWriter(CPU) as writing:
+        writing.reserve(contents(0))
+        writing.submit(tmp_path / "a.pt", contents(1, seed=1), FINITE, lambda: None)
+        writing.submit(tmp_path / "b.pt", live := contents(2, seed=2), FINITE, lambda: None)
+        freed = threading.Thread(target=lambda: (writing.wait_copied(), live["model"]["w"].zero_()))
+        freed.start()
+        time.sleep(0.1)
+        assert freed.is_alive()
+        real_copy = writing._host.copy
+        monkeypatch.setattr(writing._host, "copy", lambda values: time.sleep(0.2) or real_copy(values))
+        go.set()
+        writing.wait()
+        freed.join()
+    assert_equal(read(tmp_path / "b.pt"), contents(2, seed=2))
+
+
 def test_weights_that_are_not_finite_are_not_written(tmp_path):
     with CheckpointWriter(CPU) as writing:
         writing.submit(tmp_path / "last.pt", contents(1), FINITE, lambda: None)

@@ -70,10 +70,11 @@ class Server(ThreadingHTTPServer):
         }
 
     def take_rows(self, run: str, body: dict) -> None:
-        """Keep the history lines of a ``file_stream`` request."""
+        """Keep the history lines of a ``file_stream`` request, if it has any."""
         history = (body.get("files") or {}).get("wandb-history.jsonl")
         if not history:
             return
+        self.reached("rows")
         with self.lock, open(self.folder / "history.jsonl", "a") as file:
             for line in history["content"]:
                 self.history.setdefault(run, []).append(line)
@@ -101,7 +102,6 @@ class Handler(BaseHTTPRequestHandler):
             found = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
             self._answer({"data": self._graphql(found.group(1) if found else "", request.get("variables") or {})})
         elif self.path.endswith("/file_stream"):
-            self.server.reached("rows")
             self.server.take_rows(self.path.split("/")[-2], json.loads(body))
             self._answer({})
         else:

@@ -7,6 +7,7 @@ import glob
 from pathlib import Path
 
 from oneb.config import DEMO_DATA
+from oneb.data.sidecar import is_beside_tokens
 
 _NPY_MAGIC = b"\x93NUMPY"
 _BIN_HEADER_BYTES = 1024
@@ -23,9 +24,9 @@ def count_tokens(path: str, data_format: str) -> int | None:
     elif target.is_file():
         files = [target]
     else:
-        files = [Path(name) for name in glob.glob(str(target), recursive=True) if not name.endswith(".meta")]
+        files = [Path(name) for name in glob.glob(str(target), recursive=True)]
     try:
-        counts = [_tokens_of(file, data_format) for file in files if file.is_file()]
+        counts = [_tokens_of(file, data_format) for file in files if file.is_file() and not is_beside_tokens(file.name)]
     except OSError:
         return None  # the training process says why it cannot be read
     return sum(counts) if counts and None not in counts else None

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     line = ProgressLine(sys.stderr)
     try:
         if arguments.verify is not None:
-            _verify(arguments.verify)
+            _verify(arguments.verify, arguments.tokenizer)
         else:
             _prepare(arguments, line)
     except KeyboardInterrupt:
@@ -150,16 +150,18 @@ def _report(done: Prepared, seconds: float) -> None:
               f"{tokens + done.short_by} asked for; the file is whole, but shorter", file=sys.stderr)
 
 
-def _verify(path: Path) -> None:
+def _verify(path: Path, tokenizer: str) -> None:
     from oneb.data.sidecar import read_sidecar
-    from oneb.data.tokenizer import load_tokenizer
+    from oneb.data.tokenizer import known_tokenizer, load_tokenizer
     from oneb.data.verify import samples, verify
 
     found = verify(path)
     print(f"{path}: {found.tokens} tokens of {len(found.lengths)} documents are what {path}.meta says")
     sidecar = read_sidecar(path)
     if sidecar is not None and sidecar.encoding is not None:
-        for place, text in samples(path, load_tokenizer(sidecar.encoding), 3, 64):
+        # The option has a default, which says nothing about this file.
+        named = tokenizer if tokenizer.endswith(".json") else None
+        for place, text in samples(path, load_tokenizer(named) if named else known_tokenizer(sidecar.encoding), 3, 64):
             print(f"  from token {place}: {text!r}")
 
 

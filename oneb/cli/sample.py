@@ -23,6 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="sample among the N likeliest tokens; 0 = all (default 50)")
     parser.add_argument("--num", type=int, default=1, metavar="N", help="samples (default 1)")
     parser.add_argument("--seed", type=int, default=1337, metavar="N", help="seed of the first sample (default 1337)")
+    parser.add_argument("--tokenizer", metavar="NAME", help="gpt2, bytes or a tokenizer.json (default: what the "
+                        "training data's .meta said)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="(default auto)")
     return parser
 
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from oneb.use.generate import generate, load_trained, stream_text
 
     path = args.ckpt / "best.pt" if args.ckpt.is_dir() else args.ckpt
-    trained = load_trained(path, args.device)
+    trained = load_trained(path, args.device, args.tokenizer)
     model, tokenizer = trained.model, trained.tokenizer
     prompt = [tokenizer.eot, *tokenizer.encode(args.prompt)]
     if len(prompt) >= model.config.max_seq_len:

@@ -41,6 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace only
     try:
+        return _train(config, rehearsal, rehearsal_check)
+    except KeyboardInterrupt:  # before the first step: there is nothing to save
+        print("\nstopped before the first step", file=sys.stderr)
+        return 130
+
+
+def _train(config: Config, rehearsal: Path | None, rehearsal_check: Path | None) -> int:
+    try:
         import torch
     except ImportError:
         raise OnebError(f"{sys.executable} has no PyTorch; `bash quickstart.sh` sets everything up, or install the "
@@ -51,9 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from oneb.train.run import train
 
         return train(config)
-    except KeyboardInterrupt:  # before the first step: there is nothing to save
-        print("\nstopped before the first step", file=sys.stderr)
-        return 130
     except torch.OutOfMemoryError as error:  # a step that runs out of memory is made smaller by the trainer
         raise OnebError(
             f"the GPU ran out of memory beside the steps ({str(error).splitlines()[0]}); what helps, in this order: to "

@@ -32,6 +32,11 @@ _OPTIONAL_KEYS = frozenset({"revision", "tokenizer_sha256"})
 _INTEGER_KEYS = frozenset({"tokens", "documents", "vocab_size", "eot", "max_id"})
 
 
+def is_beside_tokens(name: str) -> bool:
+    """Whether a file name is that of something kept beside token files, and not a token file's itself."""
+    return name.startswith(".") or name.endswith((".meta", ".idx.npy", ".sources.json"))
+
+
 def sidecar_path(path: Path) -> Path:
     """``x.npy`` -> ``x.npy.meta``."""
     return path.with_name(path.name + ".meta")

@@ -142,6 +142,18 @@ TOKENIZERS: dict[str, type[BytesTokenizer] | type[Gpt2Tokenizer]] = {
 }
 
 
+def known_tokenizer(encoding: str) -> Tokenizer:
+    """The tokenizer that a file of tokens or a checkpoint names: one of ours. What a file says is never a path to open.
+
+    Raises:
+        OnebError: it names another.
+    """
+    if encoding not in TOKENIZERS:
+        raise OnebError(f"the tokenizer is said to be {encoding[:200]!r}, which is none of {', '.join(TOKENIZERS)}; "
+                        "give its tokenizer.json with --tokenizer, if you trust it")
+    return TOKENIZERS[encoding]()
+
+
 def load_tokenizer(encoding: str) -> Tokenizer:
     """The tokenizer of that name: "gpt2", "bytes", or the path of a ``tokenizer.json``.
 

@@ -16,7 +16,7 @@ import numpy as np
 from oneb.config import BYTE_VOCAB_SIZE, DATA_FORMATS, DEMO_DATA
 from oneb.data.formats import SUFFIXES, open_file
 from oneb.data.reading import HeldBytes, TokenFile, allow_open_files
-from oneb.data.sidecar import Sidecar, read_sidecar, sidecar_path
+from oneb.data.sidecar import Sidecar, is_beside_tokens, read_sidecar, sidecar_path
 from oneb.errors import OnebError
 from oneb.units import format_count
 
@@ -170,7 +170,7 @@ def _find_files(path: str, data_format: str) -> list[Path]:
     if target.is_dir():
         return _files_of_folder(target, data_format)
     matches = sorted(Path(match) for match in glob.glob(str(target), recursive=True))
-    files = [match for match in matches if match.is_file() and match.suffix != ".meta"]
+    files = [match for match in matches if match.is_file() and not is_beside_tokens(match.name)]
     if files:
         return files
     if glob.has_magic(path):
@@ -184,7 +184,7 @@ def _find_files(path: str, data_format: str) -> list[Path]:
 def _files_of_folder(folder: Path, data_format: str) -> list[Path]:
     by_suffix: dict[str, list[Path]] = {suffix: [] for suffix in SUFFIXES}
     for file in sorted(folder.iterdir()):
-        if file.suffix in by_suffix and file.is_file() and not file.name.startswith("."):
+        if file.suffix in by_suffix and file.is_file() and not is_beside_tokens(file.name):
             by_suffix[file.suffix].append(file)
     if data_format == "auto":
         # A .txt beside token files is a readme, so text counts only where nothing else is.

@@ -58,6 +58,7 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
             "optimizer": contents["config"]["optim"]["optimizer"],
             "config": contents["config"],
             "serial": _next_serial(path.parent),
+            "skips": contents.get("skips") or [],
         })
         _publish(path)
     finally:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from oneb.train.rundir import checkpoints, read_sidecar
 from oneb.train.watch import Verdict
 
 
-def checkpoint_before(directory: Path, verdict: Verdict) -> Path | None:
-    """The newest whole checkpoint from before all that ``verdict`` suspects, or else from before what shows it.
+def checkpoints_before(directory: Path, verdict: Verdict, skips: tuple[tuple[int, int], ...]) -> list[Path]:
+    """The checkpoints to go back to, the best first; more than one as contents have not been read.
 
-    None where there is neither.
+    The newest from before all that ``verdict`` suspects, then those from before what shows it.
+
+    Args:
+        skips: data that the run has passed over so far. Checkpoints that have read it are of a course that the run
+            has left, and no part of it.
     """
-    steps = {path: read_sidecar(path)["step"] for path in checkpoints(directory)[0]}
-    for limit in (verdict.first_step, verdict.shown_step):
-        if fitting := {path: step for path, step in steps.items() if step <= limit}:
-            return max(fitting, key=fitting.__getitem__)
-    return None
+    found = {path: read_sidecar(path) for path in checkpoints(directory)[0]}
+    steps = {path: values["step"] for path, values in found.items() if _is_of(values, skips)}
+    fitting = [path for path, step in steps.items() if step <= verdict.shown_step]
+    return sorted(fitting, key=lambda path: (steps[path] <= verdict.first_step, steps[path]), reverse=True)
+
+
+def _is_of(sidecar: dict[str, Any], skips: tuple[tuple[int, int], ...]) -> bool:
+    """Whether all that a checkpoint has read was read in a run with these ``skips``, too."""
+    known = sidecar["skips"]
+    return known == skips[:len(known)] and all(sidecar["step"] <= first for first, _ in skips[len(known):])

@@ -212,10 +212,11 @@ def sidecar_path(checkpoint: Path) -> Path:
 
 
 def read_sidecar(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's sidecar: step, tokens, best_val_loss, sha256, bytes, model, optimizer, config, serial.
+    """A checkpoint's sidecar: step, tokens, best_val_loss, sha256, bytes, model, optimizer, config, serial, skips.
 
     ``serial`` counts the saves into a directory, ``config`` is the whole of the run's by section
-    (:func:`oneb.changes.known_options`); 0 and empty where an earlier version saved.
+    (:func:`oneb.changes.known_options`), ``skips`` the data passed over as pairs (step, batches); 0 and empty where an
+    earlier version saved.
 
     Raises:
         CheckpointError: the checkpoint or its sidecar is not there, is not what its name says, or is of another size.
@@ -262,6 +263,10 @@ def _sidecar_values(text: bytes) -> dict[str, Any]:
         found[name] = values[name] if default is None else values.get(name, default)
         if not isinstance(found[name], str) or not (found[name].isalnum() or not found[name]):
             raise ValueError(name)
+    skips = values.get("skips", [])
+    if type(skips) is not list or any(list(map(type, skip)) != [int, int] for skip in skips):
+        raise ValueError("skips")
+    found["skips"] = tuple(map(tuple, skips))
     found["best_val_loss"] = best = values["best_val_loss"]
     if best is not None and (type(best) not in (int, float) or not math.isfinite(best)):
         raise ValueError("best_val_loss")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from oneb.train.checkpoint import link_checkpoint, prune_checkpoints
 from oneb.train.disk import room_for
 from oneb.train.mirror import Mirror
 from oneb.train.recorder import Recorder
-from oneb.train.rundir import BEST, LAST, RunDirectory
+from oneb.train.rundir import BEST, LAST, RunDirectory, checkpoints, whole_sidecar
 from oneb.train.setup import Parts
 from oneb.train.writer import CheckpointWriter, Written, tensors_of
 from oneb.units import format_gib
@@ -58,6 +59,7 @@ class Saver:
         self._submitted_at = time.monotonic()
         self._file_step = start_step  # of the last step*.pt
         self.error: str | None = None
+        self._may_help = True  # to try again after that
         self._retry_at = -math.inf
         self._waited_s = 0.0
 
@@ -112,13 +114,18 @@ class Saver:
             self._recorder.log({"type": "event", "step": event.step, "event": f"copy_{event.name}",
                                 "message": event.message})
 
-    def secure(self, step: int) -> None:
+    def secure(self, step: int, keep_last: bool = False) -> None:
         """Save the run as it is, and wait until that is on the disk.
+
+        Args:
+            keep_last: the ``last.pt`` of an earlier step stays, under its step's name.
 
         Raises:
             OnebError: it could not be saved.
         """
         self.flush()
+        if keep_last:
+            self._keep_last(step)
         for attempt in range(_FINAL_ATTEMPTS):
             if attempt:
                 time.sleep(_FINAL_RETRY_S)
@@ -126,6 +133,9 @@ class Saver:
             self.flush()
             if not self.error:
                 return
+            if not self._may_help:
+                raise OnebError(f"step {step} was not saved: {self.error}, and {self._kept()}; the same command with "
+                                "--resume continues from there")
         raise OnebError(f"step {step} could not be saved to {self._path} ({self.error}), and {self._kept()}; make room "
                         "there, and give the same command with --resume")
 
@@ -139,8 +149,10 @@ class Saver:
             self.report()
 
     def went_back(self, step: int) -> None:
-        """The run goes on from ``step``, which is saved."""
-        self._submitted_step = self.saved_step = self._file_step = step
+        """The run goes on from ``step``, which is saved, and is so again with what is otherwise from now on."""
+        self.saved_step = self._file_step = step
+        self._submitted_step = -1
+        self.save(step)
 
     def flush(self) -> None:
         """Wait until what was handed over is on the disk, or has failed; record which."""
@@ -156,7 +168,17 @@ class Saver:
     # ---- its parts
 
     def _kept(self) -> str:
-        return "nothing of the run is saved" if self.saved_step is None else f"step {self.saved_step} is kept"
+        if self.saved_step is None or not checkpoints(self._path)[0]:
+            return "nothing of the run is saved"
+        return f"step {self.saved_step} is kept"
+
+    def _keep_last(self, step: int) -> None:
+        """Give ``last.pt`` the name of its step, too, unless that is ``step``."""
+        found = whole_sidecar(self._path / LAST)
+        kept = self._path / f"step{found['step'] if found else step:08d}.pt"
+        if found and found["step"] < step and not kept.exists():
+            with contextlib.suppress(OSError):  # fallback: then the newer one alone is there
+                link_checkpoint(self._path / LAST, kept)
 
     def _file_is_due(self, step: int) -> bool:
         every = self._run.save_every
@@ -193,7 +215,7 @@ class Saver:
     def _record(self, written: Written) -> None:
         resumable = written.path.name != BEST
         if resumable:
-            self.error = written.error
+            self.error, self._may_help = written.error, written.may_help
         if written.error:
             again = ""
             if resumable:

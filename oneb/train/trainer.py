@@ -24,8 +24,8 @@ from oneb.train.lock import LockedError
 from oneb.train.mirror import Mirror
 from oneb.train.recorder import Recorder
 from oneb.train.resume import StartingPoint, reload, snapshot
-from oneb.train.rollback import checkpoint_before
-from oneb.train.rundir import LAST, RunDirectory
+from oneb.train.rollback import checkpoints_before
+from oneb.train.rundir import LAST, CheckpointError, RunDirectory, fault
 from oneb.train.saving import Saver
 from oneb.train.setup import Parts, describe
 from oneb.train.signals import Stopped, StopRequest
@@ -97,7 +97,7 @@ class Trainer(Stepper):
             while self._goes_on():
                 with self._loader() as loader:
                     self.clock.restart()
-                    while self._goes_on() and not self._went_back():
+                    while not self.stop.signum and not self._went_back() and self._goes_on():
                         self._next_step(loader)
         except Stopped:
             pass
@@ -218,12 +218,13 @@ class Trainer(Stepper):
         """
         if self._is_calm():
             self.saver.save_before_evaluation(self.step)
-        with self._aside(), self.stop.interruptible():
+        with self._aside():
             began = time.perf_counter()
             seq_len = seq_len_at(self.config.train.phases, max(0, self.step - 1))
             self.recorder.status("evaluating")
             max_rows = self.fit.at(seq_len).batch_size
-            loss, n_tokens = self.parts.validation.loss(self.parts.model, seq_len, max_rows)
+            with self.stop.interruptible():  # what comes of it is recorded whole
+                loss, n_tokens = self.parts.validation.loss(self.parts.model, seq_len, max_rows)
             self.evaluated_at = self.step
             best = loss < self.best_val_loss
             self.best_val_loss = min(loss, self.best_val_loss) if math.isfinite(loss) else self.best_val_loss
@@ -278,7 +279,7 @@ class Trainer(Stepper):
 
     def _went_back(self) -> bool:
         """Whether the run has gone back to a checkpoint, and reads other data from there."""
-        self._take_readings()
+        self._take_readings(wait=self.step == self.config.train.steps)  # no later step will hear of them
         if self.verdict is None:
             return False
         self._go_back(self.verdict)
@@ -296,24 +297,36 @@ class Trainer(Stepper):
             raise Diverged(f"{verdict.reason}. The run has gone back {len(self.order.skips)} times (--max-rollbacks "
                            f"{most}), so it is not the data: {calmer}, and start from a step*.pt or anew")
         self.saver.flush()
-        path = checkpoint_before(self.directory.path, verdict)
-        if path is None:
+        start, reached_step = self._load_before(verdict), self.step
+        if start is None:
             raise Diverged(f"{verdict.reason}. There is no checkpoint from before that: {calmer}; --save-minutes or "
                            "--save-every saves more often")
-        start, reached_step = reload(self.parts, path), self.step
         self.fit = self.parts.fit
         self.order = self.order.skipping(verdict.first_step, verdict.last_step)
         self._begin_at(start)
-        self.saver.went_back(self.step)
         self.recorder.rewind(self.step)
-        self.event("rollback", f"{verdict.reason}. Back from step {reached_step} to {path.name} of step {self.step}; "
-                   f"the batches of steps {verdict.first_step + 1} to {verdict.last_step + 1} are passed over",
-                   first_step=verdict.first_step, last_step=verdict.last_step, checkpoint=path.name)
+        self.event("rollback", f"{verdict.reason}. Back from step {reached_step} to {start.checkpoint.name} of step "
+                   f"{self.step}; the batches of steps {verdict.first_step + 1} to {verdict.last_step + 1} are passed "
+                   "over",
+                   first_step=verdict.first_step, last_step=verdict.last_step, checkpoint=start.checkpoint.name)
+        self.saver.went_back(self.step)
+
+    def _load_before(self, verdict: Verdict) -> StartingPoint | None:
+        """Load the newest good checkpoint from before what ``verdict`` says; None where there is none."""
+        for path in checkpoints_before(self.directory.path, verdict, self.order.skips):
+            try:
+                return reload(self.parts, path)
+            except CheckpointError as error:
+                self.recorder.warn(self.step, f"passed over on the way back: {fault(error)}")
+        return None
 
     def rescue(self, error: Exception) -> None:
         """Save the last whole step after ``error``, which the caller then raises."""
-        if isinstance(error, (Diverged, LockedError)):
-            return  # what it has come to is not worth saving; or another process saves there
+        if isinstance(error, LockedError):
+            return  # another process saves there
+        if self.verdict is not None:  # what the run has come to is not worth saving
+            self.recorder.warn(self.step, f"the run ends: {error}")
+            return
         if self.updating:
             self.recorder.warn(self.step, f"an error ended the run within the update of step {self.step}, and left "
                                f"weights that belong to no step: {LAST} stays as it is")
@@ -342,13 +355,15 @@ class Trainer(Stepper):
             OnebError: it could not be saved.
         """
         # Before the evaluation: whatever happens there, the run is not lost. What a verdict speaks of is not kept.
+        calm = self._is_calm()
         if self.verdict is None:
-            self.saver.secure(self.step)
+            # The run that continues may find that it must go back to before what has begun here.
+            self.saver.secure(self.step, keep_last=not calm)
         if not self.stop.signum and self.evaluated_at != self.step:
             with contextlib.suppress(Stopped):
                 self.evaluate()
         self.saver.flush()
-        if self.step < self.config.train.steps:
+        if self.step < self.config.train.steps or self.evaluated_at != self.step:
             text = f"stopped by signal {self.stop.signum} at step {self.step}; {self._how_to_continue()}"
             self.event("stopped", text)
         else:

@@ -87,6 +87,7 @@ class WandbSink:
         """Finish the W&B run; gives up uploading after a while (the data stays in the run directory)."""
         if self._works:
             if not _done_within(_FINISH_TIMEOUT_S + _STUCK_S, lambda: self._try(self._run.finish)):
+                self._works = False
                 self.warnings.append("the W&B client does not answer, and is left behind")
             elif getattr(self._run, "_finish_timed_out", False):
                 self.warnings.append(f"W&B has not taken all in {_FINISH_TIMEOUT_S:.0f} s; upload the rest with: "
@@ -100,7 +101,8 @@ class WandbSink:
         try:
             work()
         except Exception as error:  # fallback: charts must not end a run, and the client raises anything when it dies
-            self._give_up(error)
+            if self._works:  # and was not left behind meanwhile
+                self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         self._works = False

@@ -39,6 +39,7 @@ class Written:
         n_bytes: size of the file, or of the tensors in it.
         seconds: it took, from its turn on.
         error: why there is no such file; None if all is well.
+        may_help: to try the same again.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Written:
     n_bytes: int
     seconds: float
     error: str | None = None
+    may_help: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class _Job:
     finite: Tensor
     then: Callable[[], None]
     ready: torch.cuda.Event | None
+    copied: threading.Event
 
 
 class CheckpointWriter:
@@ -71,8 +74,7 @@ class CheckpointWriter:
         self._host = _HostCopy(device)
         self._jobs: queue.Queue[_Job | Callable[[], None] | None] = queue.Queue()
         self._results: queue.SimpleQueue[Written | BaseException] = queue.SimpleQueue()
-        self._copied = threading.Event()
-        self._copied.set()
+        self._copied: threading.Event | None = None  # of what was submitted last
         self._thread: threading.Thread | None = None  # until there is something to do
 
     @property
@@ -97,15 +99,17 @@ class CheckpointWriter:
         ready = torch.cuda.Event() if self._device.is_cuda else None
         if ready:
             ready.record()
-        self._copied.wait()
-        if self._host.step != contents["step"]:
-            self._copied.clear()
-        self._put(_Job(path, contents, finite, then, ready))
+        self.wait_copied()
+        self._copied = threading.Event()
+        if self._host.step == contents["step"]:
+            self._copied.set()
+        self._put(_Job(path, contents, finite, then, ready, self._copied))
 
     def wait_copied(self) -> float:
         """Wait until all that was submitted may change; returns the seconds that it took."""
         began = time.perf_counter()
-        self._copied.wait()
+        if self._copied:
+            self._copied.wait()
         return time.perf_counter() - began
 
     def wait(self) -> None:
@@ -157,7 +161,8 @@ class CheckpointWriter:
                 except BaseException as error:  # fallback: raised in the loop's thread, by `results`
                     self._results.put(error)
                 finally:
-                    self._copied.set()
+                    if isinstance(job, _Job):
+                        job.copied.set()
                     self._jobs.task_done()
 
     def _own_stream(self) -> contextlib.AbstractContextManager:
@@ -168,23 +173,23 @@ class CheckpointWriter:
 
     def _write(self, job: _Job) -> Written:
         began = time.monotonic()
-        step, n_bytes, error = job.contents["step"], 0, None
+        step, n_bytes, error, may_help = job.contents["step"], 0, None, True
         if job.ready:
             torch.cuda.current_stream().wait_event(job.ready)
         try:
             if job.finite.item():
                 contents = self._host.copy(job.contents)
                 if contents is not None:
-                    self._copied.set()
+                    job.copied.set()
                 self._check()
                 save_checkpoint(job.path, contents or job.contents)
                 n_bytes = job.path.stat().st_size
                 job.then()
             else:
-                error = f"the weights of step {step} are not finite"
+                error, may_help = f"the weights of step {step} are not finite", False
         except OSError as failed:
             error = failed.strerror or str(failed)
-        return Written(job.path, step, n_bytes, time.monotonic() - began, error)
+        return Written(job.path, step, n_bytes, time.monotonic() - began, error, may_help)
 
 
 class _HostCopy:

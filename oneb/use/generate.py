@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from oneb.config import TrainConfig, compute_dtype, model_from_dict
-from oneb.data.tokenizer import Tokenizer, load_tokenizer
+from oneb.data.tokenizer import Tokenizer, known_tokenizer, load_tokenizer
 from oneb.errors import OnebError
 from oneb.model.kv_cache import KVCache
 from oneb.model.transformer import DTYPES, Transformer, build_model
@@ -28,18 +28,21 @@ class Trained:
     tokens: int
 
 
-def load_trained(path: Path, device_name: str = "auto") -> Trained:
-    """The model of a checkpoint and the tokenizer of its data.
+def load_trained(path: Path, device_name: str = "auto", tokenizer_name: str | None = None) -> Trained:
+    """The model of a checkpoint and the tokenizer of its data, or the one that is named.
 
     Raises:
         OnebError: no such checkpoint or device, or data whose tokenizer nobody named.
     """
     contents = load_checkpoint(path)
     device = open_device(device_name)
-    if contents["encoding"] is None:
+    if tokenizer_name:
+        tokenizer = load_tokenizer(tokenizer_name)
+    elif contents["encoding"] is None:
         raise OnebError(f"{path} was trained on tokens whose tokenizer is not known (the data's .meta has no "
-                        "'encoding'), so they cannot be turned into text; add it to the .meta and train from there")
-    tokenizer = load_tokenizer(contents["encoding"])
+                        "'encoding'), so they cannot be turned into text; name it with --tokenizer")
+    else:
+        tokenizer = known_tokenizer(contents["encoding"])
     config = model_from_dict(contents["config"]["model"])
     # As in training on a GPU; elsewhere 16-bit arithmetic is slower than fp32.
     dtype = DTYPES[compute_dtype(TrainConfig(**contents["config"]["train"])) if device.is_cuda else "fp32"]

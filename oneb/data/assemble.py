@@ -1,0 +1,259 @@
+"""All units of an input through the workers and, in their order, into the journal."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from oneb.data.journal import Journal
+from oneb.data.parts import Job, part_path, read_part
+from oneb.data.sources import InputFile
+from oneb.data.units import Unit, plan_units
+from oneb.data.workers import Hash, InProcess, Pool
+
+_COMMIT_SECONDS = 3.0
+_WAIT_SECONDS = 0.5
+_GLANCE_SECONDS = 0.05  # enough to open a file that is here
+_HASHED_WHOLE = 2**30  # a file of which only a part was used is hashed up to this size
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the work is. ``fraction`` is of the tokens asked for, else of the input's bytes."""
+
+    tokens: int
+    text_bytes: int
+    fraction: float
+    arriving: str  # what is being downloaded, in words, or ""
+
+
+class _Stopped(Exception):
+    """Ends a download that nobody waits for any more."""
+
+
+class Arrivals:
+    """Opens the input's files, each in a thread of its own: most are here, some must be downloaded."""
+
+    def __init__(self, files: Sequence[InputFile]) -> None:
+        self._files = files
+        self._futures: dict[int, Future[Path]] = {}
+        self._stopped = False
+        self.arriving = ""
+
+    def expect(self, number: int) -> None:
+        """Begin to open file ``number``."""
+        if number < len(self._files) and number not in self._futures:
+            self._futures[number] = future = Future()
+            # A daemon: a download that is not needed any more must not hold up the end.
+            threading.Thread(target=self._open, args=(self._files[number], future), daemon=True).start()
+
+    def _open(self, file: InputFile, future: Future[Path]) -> None:
+        def progress(n_bytes: int, size: int) -> None:
+            if self._stopped:
+                raise _Stopped
+            self.arriving = f"{Path(file.name).name} {n_bytes / max(1, size):.0%}" if n_bytes < size else ""
+
+        try:
+            future.set_result(file.open(progress))
+        except _Stopped:
+            return
+        except BaseException as error:  # fallback: raised by ``get``, in the thread that asks
+            future.set_exception(error)
+
+    def get(self, number: int, seconds: float | None) -> Path | None:
+        """File ``number``, or None if it is not here after so many seconds."""
+        self.expect(number)
+        try:
+            return self._futures[number].result(seconds)
+        except NotYet:
+            if self._futures[number].done():
+                raise
+            return None
+
+    def stop(self) -> None:
+        """End downloads at their next bytes."""
+        self._stopped = True
+
+
+class Work:
+    """From the journal's state to all the tokens that are wanted."""
+
+    def __init__(self, files: Sequence[InputFile], job: Job, journal: Journal, n_workers: int, n_tokens: int | None,
+                 progress: Callable[[Progress], None]) -> None:
+        self.files, self.job, self.journal, self.n_tokens, self.progress = files, job, journal, n_tokens, progress
+        self.arrivals = Arrivals(files)
+        self.sizes = (0, *accumulate(file.size for file in files))
+        self.pool = Pool(job, n_workers) if n_workers > 1 else InProcess(job)
+        self.window = 3 * n_workers + 2  # units on the way: what one slow unit may keep others waiting for
+        self.order: deque[Unit] = deque()  # dispatched, not yet appended
+        self.ready: set[tuple[int, int]] = set()
+        self.used: list[Path] = []  # appended, not yet committed
+        self.share = 0.0  # of the current file that is appended
+        self.appended, self.appended_tokens = 0, 0  # here, without what an earlier process did
+        self.committed = time.monotonic()
+
+    def run(self) -> None:
+        """Append until full or at the input's end, then hash what was read."""
+        try:
+            units = self._units()
+            more = True
+            while not self._is_full():
+                more = more and self._dispatch(units)
+                if not self.order and not more:
+                    break
+                head_is_ready = bool(self.order) and self._name(self.order[0]) in self.ready
+                for task, _ in self.pool.results(0 if head_is_ready or not self.order else _WAIT_SECONDS):
+                    assert isinstance(task, Unit)
+                    self.ready.add(self._name(task))
+                self._append()
+                self._report()
+            self._commit()
+            self._hash()
+        finally:
+            self.arrivals.stop()
+            self.pool.close()
+
+    def _is_full(self) -> bool:
+        return self.n_tokens is not None and self.journal.state.tokens >= self.n_tokens
+
+    @staticmethod
+    def _name(unit: Unit) -> tuple[int, int]:
+        return unit.file, unit.index
+
+    # -- Units -----------------------------------------------------------------------------------
+
+    def _units(self) -> Iterator[Unit | None]:
+        """Units from the journal's state on; None where the next file is not here, or not yet known to be needed."""
+        first, skip = self.journal.state.file, self.journal.state.unit
+        for number in range(first, len(self.files)):
+            while self.files[number].remote and self.order and not self._next_is_needed(number - 1):
+                yield None
+            while (path := self.arrivals.get(number, _GLANCE_SECONDS if self.order else _WAIT_SECONDS)) is None:
+                self._report()
+                yield None
+            done = skip if number == first else 0
+            for unit in plan_units(number, path, self.files[number].kind, text_column=self.job.text_column,
+                                   splits=self.splits, spool=lambda index, file=number: self._spool(file, index),
+                                   skip=done):
+                if unit.index < done:
+                    self.share += unit.share
+                else:
+                    yield unit
+
+    @property
+    def splits(self) -> bool:
+        """Whether a text may be cut into units: the tokenizers that are known here allow it, any other might not."""
+        return self.job.encoding in ("gpt2", "bytes")
+
+    def _spool(self, file: int, index: int) -> Path:
+        return self.job.folder / f"{self.job.key}-{file:06d}-{index:06d}.lines"
+
+    def _dispatch(self, units: Iterator[Unit | None]) -> bool:
+        """Give the workers what they can take; False at the input's end."""
+        while self.pool.has_room() and self._wants_more():
+            try:
+                unit = next(units)
+            except StopIteration:
+                return False
+            if unit is None:
+                break
+            self.order.append(unit)
+            if part_path(self.job, unit.file, unit.index).exists():
+                self.ready.add(self._name(unit))
+            else:
+                self.pool.submit(unit)
+            if self._next_is_needed(unit.file):
+                self.arrivals.expect(unit.file + 1)
+        return True
+
+    def _wants_more(self) -> bool:
+        """Whether another unit would be of use: not if those on the way seem enough."""
+        if not self.order:
+            return True
+        if len(self.order) >= self.window:
+            return False
+        if self.n_tokens is None or not self.appended:
+            return True
+        mean = self.appended_tokens / self.appended
+        return self.journal.state.tokens + mean * len(self.order) < self.n_tokens
+
+    def _next_is_needed(self, file: int) -> bool:
+        """Whether the tokens wanted reach beyond this file, as far as can be told from those before."""
+        if self.n_tokens is None:
+            return True
+        if self.files[file].kind == "tokens":
+            return self.sizes[file + 1] // 2 <= self.n_tokens
+        if self.journal.state.file != file or not self.share:
+            return False
+        before = sum(done.tokens for done in self.journal.state.files[:file])
+        return before + self.journal.source(file).tokens / self.share < 1.1 * self.n_tokens
+
+    # -- Parts -----------------------------------------------------------------------------------
+
+    def _append(self) -> None:
+        state = self.journal.state
+        while self.order and self._name(self.order[0]) in self.ready and not self._is_full():
+            unit = self.order[0]
+            path = part_path(self.job, unit.file, unit.index)
+            part = read_part(path)
+            if part is None:  # torn by a power cut
+                path.unlink(missing_ok=True)
+                self.ready.discard(self._name(unit))
+                self.pool.submit(unit)
+                return
+            self.order.popleft()
+            self.ready.discard(self._name(unit))
+            room = None if self.n_tokens is None else self.n_tokens - state.tokens
+            self.journal.append(part, unit.file, unit.index, last=unit.last, room=room)
+            self.appended += 1
+            self.appended_tokens += len(part.ids)
+            self.share = 0.0 if unit.last else self.share + unit.share
+            self.used.append(path)
+            if unit.path.parent == self.job.folder:
+                self.used += [unit.path, unit.path.with_suffix(".damage")]
+            if time.monotonic() - self.committed > _COMMIT_SECONDS:
+                self._commit()
+
+    def _commit(self) -> None:
+        self.journal.commit()
+        for path in self.used:
+            path.unlink(missing_ok=True)
+        self.used.clear()
+        self.committed = time.monotonic()
+
+    def _hash(self) -> None:
+        """The SHA-256 of each file that gave something."""
+        state = self.journal.state
+        tasks: list[Hash] = []
+        for number, done in enumerate(state.files):
+            file = self.files[number]
+            done.sha256 = done.sha256 or file.sha256
+            whole = number < state.file
+            if done.sha256 is None and (whole or file.size <= _HASHED_WHOLE):
+                path = self.arrivals.get(number, None)
+                assert path is not None
+                tasks.append(Hash(number, path))
+        waiting = len(tasks)
+        while waiting:
+            while tasks and self.pool.has_room():
+                self.pool.submit(tasks.pop())
+            for task, digest in self.pool.results(_WAIT_SECONDS):
+                if isinstance(task, Hash):
+                    state.files[task.file].sha256 = digest
+                    waiting -= 1
+
+    def _report(self) -> None:
+        state = self.journal.state
+        if self.n_tokens is not None:
+            fraction = state.tokens / self.n_tokens
+        else:
+            current = self.share * self.files[state.file].size if state.file < len(self.files) else 0
+            fraction = (self.sizes[state.file] + current) / max(1, self.sizes[-1])
+        self.progress(Progress(state.tokens, state.text_bytes, fraction, self.arrivals.arriving))

@@ -1,0 +1,230 @@
+"""Documents to token ids as fast as they can be had: GPT-2 by gigatoken, checked against tiktoken, which stands in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from oneb.data.tokenizer import Gpt2Tokenizer, Tokenizer, load_tokenizer
+
+PIECE_BYTES = 4 * 2**20  # a long document is encoded in pieces of about so many bytes
+_CACHE_BYTES = 256 * 2**20
+_LONG_SPACE = 10_000  # characters
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+# No word of GPT-2's splitting pattern goes on from a visible character into white space, and its one look ahead is
+# inside white space: encoding what lies before such a place, and what lies behind, gives the tokens of the whole.
+SAFE_CUT = re.compile(rb"[!-~](?=[ \n])")
+
+# White space as Unicode (and the pattern) has it; Python's \s also takes the separators U+001C to U+001F.
+_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+_LONG_SPACES = re.compile(f"{_SPACE}{{{_LONG_SPACE},}}")
+
+
+# Letters, numbers and marks that Unicode 15.1, 16 and 17 added beyond U+FFFF (DerivedAge.txt). gigatoken 0.10 knows
+# those of 17, tiktoken 0.14 does not, and one may be updated before the other: such a document is tiktoken's.
+_NEW_CHARACTERS = (
+    (0x105C0, 0x105FF), (0x10940, 0x1095F), (0x10D40, 0x10D8F), (0x10EC2, 0x10EFF), (0x11380, 0x113FF),
+    (0x11B60, 0x11B6F), (0x11BC0, 0x11BFF), (0x11DB0, 0x11DEF), (0x13460, 0x143FF), (0x16100, 0x1613F),
+    (0x16D40, 0x16D7F), (0x16EA0, 0x16EDF), (0x18CF2, 0x18CFF), (0x18D09, 0x18D1F), (0x18D80, 0x18DFF),
+    (0x1E5D0, 0x1E5FF), (0x1E6C0, 0x1E6FF), (0x2EBF0, 0x2EE5F), (0x323B0, 0x3347F),
+)
+
+
+def _in_blocks(ranges: Iterable[tuple[int, int]]) -> re.Pattern[bytes]:
+    """Finds UTF-8 of these code points and of others in the same 64: all begin with the byte F0, which is quick."""
+    thirds: dict[int, set[int]] = {}
+    for first, last in ranges:
+        for block in range(first >> 6, (last >> 6) + 1):
+            _, second, third, _ = chr(block << 6).encode()
+            thirds.setdefault(second, set()).add(third)
+    tails = (re.escape(bytes([second])) + b"[" + re.escape(bytes(sorted(found))) + b"]"
+             for second, found in thirds.items())
+    return re.compile(b"\xf0(?:" + b"|".join(tails) + b")")
+
+
+_NEW = _in_blocks(_NEW_CHARACTERS)
+
+
+class Encoder(Protocol):
+    """What a worker asks of a tokenizer."""
+
+    splits: bool  # a document may be cut at every ``SAFE_CUT``
+
+    def encode(self, document: bytes) -> np.ndarray:
+        """The ids, (n,) of any integer dtype, of valid UTF-8."""
+
+
+class BytesEncoder:
+    """One id a byte."""
+
+    splits = True
+
+    def encode(self, document: bytes) -> np.ndarray:
+        return np.frombuffer(document, np.uint8)
+
+
+class ReferenceEncoder:
+    """Any tokenizer, as its own package does it."""
+
+    splits = False
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._encode = tokenizer.encode
+
+    def encode(self, document: bytes) -> np.ndarray:
+        return np.array(self._encode(document.decode()), np.uint32)
+
+
+class Gpt2Reference:
+    """tiktoken. A long run of white space before a word overflows its stack: the run is one word, encoded apart."""
+
+    splits = True
+
+    def __init__(self, tokenizer: Gpt2Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, document: bytes) -> np.ndarray:
+        text = document.decode()
+        ids: list[int] = []
+        done = 0
+        for run in _LONG_SPACES.finditer(text):
+            # The last character of white space belongs to the word behind it, if there is one.
+            end = run.end() if run.end() == len(text) else run.end() - 1
+            ids += self._tokenizer.encode(text[done:run.start()])
+            ids += self._tokenizer.encode(text[run.start():end])
+            done = end
+        ids += self._tokenizer.encode(text[done:])
+        return np.array(ids, np.uint32)
+
+
+class FastGpt2:
+    """gigatoken, without special tokens: a literal ``<|endoftext|>`` is text.
+
+    It keeps every word that it has met; it is loaded anew once these take 256 MiB. Documents with the newest
+    characters of Unicode, which the two may split differently, are tiktoken's.
+
+    Args:
+        ranks: a ``.tiktoken`` file.
+    """
+
+    splits = True
+
+    def __init__(self, ranks: Path) -> None:
+        self._ranks = ranks
+        self._reference: Gpt2Reference | None = None
+        self._load()
+
+    def _load(self) -> None:
+        # Not the package itself: that one wants more packages, for what is not used here.
+        from gigatoken.gigatoken_rs import BPETokenizer
+
+        self._backend = BPETokenizer.from_tiktoken(self._ranks, "gpt2", None)
+        self._memory, self._since = _resident_bytes(), 0
+
+    def encode(self, document: bytes) -> np.ndarray:
+        self._since += len(document)
+        if self._since >= PIECE_BYTES:
+            self._since = 0
+            if _resident_bytes() - self._memory > _CACHE_BYTES:
+                self._load()
+        if _NEW.search(document):
+            self._reference = self._reference or Gpt2Reference(Gpt2Tokenizer())
+            return self._reference.encode(document)
+        return self._backend.encode(document)
+
+
+def _resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not say it in /proc."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * _PAGE_BYTES
+    except OSError:
+        return 0
+
+
+def write_ranks(tokenizer: Tokenizer, folder: Path) -> tuple[Path | None, str]:
+    """What workers need to encode with gigatoken, and why not if they cannot ("" if they can).
+
+    Writes the vocabulary into ``folder`` and encodes some hundred strings both ways.
+    """
+    if not isinstance(tokenizer, Gpt2Tokenizer):
+        return None, ""
+    path = folder / "gpt2.tiktoken"
+    path.write_bytes(tokenizer.ranks)
+    try:
+        fast = FastGpt2(path)
+    except ImportError:
+        return None, ("the gigatoken package is not installed, so tiktoken does its work, many times slower: "
+                      "python3 -m pip install gigatoken")
+    except Exception as error:  # fallback: another version of it, perhaps; tiktoken gives the same tokens
+        return None, f"gigatoken could not be loaded ({str(error)[:100]}), so tiktoken does its work, many times slower"
+    reference = Gpt2Reference(tokenizer)
+    for text in trial_texts():
+        with contextlib.suppress(UnicodeEncodeError):
+            document = text.encode()
+            if not np.array_equal(fast.encode(document), reference.encode(document)):
+                return None, (f"gigatoken encodes {text[:40]!r} differently from tiktoken, which therefore does its "
+                              "work, many times slower; please report this")
+    return path, ""
+
+
+def make_encoder(encoding: str, ranks: Path | None) -> Encoder:
+    """The encoder of a tokenizer's name; GPT-2's by gigatoken if there are ``ranks``."""
+    if ranks is not None:
+        return FastGpt2(ranks)
+    tokenizer = load_tokenizer(encoding)
+    if isinstance(tokenizer, Gpt2Tokenizer):
+        return Gpt2Reference(tokenizer)
+    return BytesEncoder() if tokenizer.name == "bytes" else ReferenceEncoder(tokenizer)
+
+
+def pieces(document: bytes, splits: bool) -> Iterable[bytes]:
+    """A long document in pieces whose tokens follow one another to the document's own."""
+    if not splits or len(document) < 2 * PIECE_BYTES:
+        return (document,)
+    return _cut(document)
+
+
+def _cut(document: bytes) -> Iterator[bytes]:
+    start = 0
+    while start < len(document):
+        found = SAFE_CUT.search(document, start + PIECE_BYTES)
+        end = found.end() if found else len(document)
+        yield document[start:end]
+        start = end
+
+
+# -- Strings that set tokenizers apart -------------------------------------------------------------
+
+_ALPHABETS = (
+    "abcdefghijklmnopqrstuvwxyz     ", "aA'sStTrReEvVmMlLdD ''", "0123456789.,- ",
+    " \n\t\r\x0b\x0c\xa0\u2028\u3000\x85x", "!\"#$%&()*+-/:;<=>?@[]^_`{|}~ a1",
+    "\xe4\xf6\xfc\xdf\xe9\xe8\xea\u0301\u0308 e", "\u4e2d\u6587\u3042\u30a2\ud55c\u0939\u093f\u0926 \u0660\xb2\u216b",
+    "\U0001f600\U0001f469\u200d\U0001f680\ufe0f\U0001f1e9\U0001f1ea \u200b\ufeff", "\x00\x01\x1c\x1d\x1e\x1f\x7f a\n",
+    "<|endoftext|> <|>", "thequickbrown fox jumps. Over 12 'tis don't we'LL\n\n  ",
+)
+_WORDS = ("<|endoftext|>", " <|endoftext|>\n", "don't", "I'LL", " the", "\n\n", "   ", "\r\n", "\u4e2d\u6587", "\x00",
+          "\U0001f600", "123456789", "'s", "\u2019s", "\xa0", "word", "https://a.b/c?d=e&f", "    return x\n", "==",
+          "\u0301")
+
+
+def trial_texts(n: int = 400, seed: int = 0, longest: int = 60) -> Iterator[str]:
+    """``n`` strings, always the same for a seed: words of few alphabets, white space, numbers, and any code point."""
+    chance = random.Random(seed)
+    for number in range(n):
+        length = chance.randrange(longest)
+        if number % 4 == 0:
+            yield "".join(chr(chance.choice((chance.randrange(0x250), chance.randrange(0xD800),
+                                             chance.randrange(0xE000, 0x110000)))) for _ in range(length))
+        elif number % 4 == 1:
+            yield "".join(chance.choices(_WORDS, k=length // 4))
+        else:
+            letters = chance.choice(_ALPHABETS) + chance.choice(_ALPHABETS)
+            yield "".join(chance.choices(letters, k=length))

@@ -1,0 +1,120 @@
+"""Whether a token file is what its sidecar and index say, and what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from oneb.data.formats import open_file
+from oneb.data.journal import index_path
+from oneb.data.sidecar import read_sidecar
+from oneb.data.tokenizer import Tokenizer
+from oneb.errors import OnebError
+from oneb.files import sha256_file
+
+_CHUNK_TOKENS = 4 * 2**20
+_MAX_VOCABULARY = 2**20  # ids that are counted one by one
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the ids of a file are.
+
+    Attributes:
+        counts: (vocab_size,) how often each id occurs.
+        ends: (documents that end,) int64 offsets just behind each end-of-text id; empty if that is not known.
+        longest_zeros: ids 0 in a row: many are a file that was never filled.
+    """
+
+    tokens: int
+    counts: np.ndarray
+    ends: np.ndarray
+    longest_zeros: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, its end-of-text id with it; the last may be cut."""
+        bounds = self.ends if len(self.ends) and self.ends[-1] == self.tokens else np.append(self.ends, self.tokens)
+        return np.diff(bounds, prepend=0)
+
+
+def statistics(path: Path, eot: int | None, progress: Callable[[float], None] = lambda fraction: None) -> Statistics:
+    """Read all of a token file once.
+
+    Raises:
+        OnebError: if it is no whole token file, or its ids are none.
+    """
+    tokens = open_file(path, "auto")
+    counts = np.zeros(0, np.int64)
+    ends = []
+    run = longest = 0
+    for start in range(0, len(tokens), _CHUNK_TOKENS):
+        ids = tokens.read(start, min(_CHUNK_TOKENS, len(tokens) - start))
+        if int(ids.min()) < 0 or int(ids.max()) >= _MAX_VOCABULARY:
+            raise OnebError(f"{path}: ids from {ids.min()} to {ids.max()} near token offset {start} are no token ids; "
+                            "the file is damaged or of another format")
+        here = np.bincount(ids, minlength=len(counts))
+        here[:len(counts)] += counts
+        counts = here
+        if eot is not None:
+            ends.append(np.flatnonzero(ids == eot) + start + 1)
+        run, longest = _zeros(ids, run, longest)
+        progress((start + len(ids)) / len(tokens))
+    found = np.concatenate(ends) if ends else np.empty(0, np.int64)
+    return Statistics(len(tokens), counts, found.astype(np.int64), longest)
+
+
+def _zeros(ids: np.ndarray, run: int, longest: int) -> tuple[int, int]:
+    """The zeros in a row at the end of ``ids``, with ``run`` before them, and the longest so far."""
+    other = np.flatnonzero(ids)
+    if not len(other):
+        return run + len(ids), max(longest, run + len(ids))
+    inside = int(np.diff(other).max(initial=1)) - 1
+    return len(ids) - 1 - int(other[-1]), max(longest, run + int(other[0]), inside, len(ids) - 1 - int(other[-1]))
+
+
+def verify(path: Path, progress: Callable[[float], None] = lambda fraction: None) -> Statistics:
+    """Read a prepared file again and compare it with what is said of it.
+
+    Raises:
+        OnebError: naming the first thing that is not so.
+    """
+    sidecar = read_sidecar(path)
+    if sidecar is None:
+        raise OnebError(f"{path} has no sidecar {path}.meta, so there is nothing to compare it with")
+    if sidecar.sha256 is not None and sha256_file(path) != sidecar.sha256:
+        raise OnebError(f"{path} does not have the SHA-256 that {path}.meta gives ({sidecar.sha256}): it was damaged "
+                        "or changed. Copy it again, or make it again with --force")
+    found = statistics(path, sidecar.eot, progress)
+    said = {"tokens": sidecar.tokens, "max_id": sidecar.max_id, "documents": sidecar.documents}
+    held = {"tokens": found.tokens, "max_id": int(np.flatnonzero(found.counts)[-1]), "documents": len(found.lengths)}
+    for name, value in said.items():
+        if value is not None and value != held[name]:
+            raise OnebError(f"{path}.meta says {name}: {value}, {path} has {held[name]}: one of the two is of another "
+                            "file. Copy both again, or make them again with --force")
+    index = index_path(path)
+    if index.exists():
+        _check_index(path, np.load(index, mmap_mode="r"), found)
+    return found
+
+
+def _check_index(path: Path, index: np.ndarray, found: Statistics) -> None:
+    expected = np.cumsum(np.concatenate([[0], found.lengths]))
+    if index.shape != expected.shape or not np.array_equal(index, expected):
+        same = min(len(index), len(expected))
+        wrong = np.flatnonzero(np.asarray(index[:same]) != expected[:same])
+        where = f"document {wrong[0]}" if len(wrong) else f"its length, {len(index)} for {len(expected)}"
+        raise OnebError(f"{index_path(path)} does not fit {path}, first at {where}. Copy both again, or make them "
+                        "again with --force")
+
+
+def samples(path: Path, tokenizer: Tokenizer, n_samples: int, n_tokens: int, seed: int = 0) -> list[tuple[int, str]]:
+    """``n_samples`` places of a file, spread over it, each with its offset and its ``n_tokens`` ids as text."""
+    tokens = open_file(path, "auto")
+    length = min(n_tokens, len(tokens))
+    chance = np.random.default_rng(seed)
+    places = [0, *sorted(chance.integers(0, len(tokens) - length + 1, n_samples - 1).tolist())][:n_samples]
+    return [(place, tokenizer.decode(tokens.read(place, length))) for place in places]
