@@ -22,8 +22,8 @@ Options = Mapping[str, Mapping[str, Any]]
 _NOT_COMPARED = {"run.root", "run.tag", "run.if_exists", "run.ckpt", "run.resume", "run.allow_change"}
 # Options, or sections of them, that change nothing about what is computed from a given step on.
 _HARMLESS = {
-    "run", "log", "data.path", "data.format", "train.eval_every", "train.eval_iters", "train.grad_checkpoint",
-    "train.vram_limit_gib", "train.spike_zscore", "train.max_rollbacks", "model.max_seq_len",
+    "run", "log", "data.path", "data.format", "data.data_root", "train.eval_every", "train.eval_iters",
+    "train.grad_checkpoint", "train.vram_limit_gib", "train.spike_zscore", "train.max_rollbacks", "model.max_seq_len",
 }
 # The same in exact arithmetic.
 _ROUNDING = {"train.device", "train.fused_blocks", "train.compile", "train.compile_mode", "train.deterministic",

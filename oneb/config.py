@@ -154,10 +154,12 @@ class OptimConfig:
 class DataConfig:
     """Where tokens come from."""
 
-    path: str = option("--data", "token file, folder or glob; 'demo' needs no file", "fineweb_1b.npy")
+    path: str = option("--data", "token file, folder or glob; or a name, such as fineweb-edu:1B: downloaded while "
+                       "the run trains; 'demo' needs no file", "fineweb_1b.npy")
     format: str = option(
         "--data-format", "how tokens are stored", "npy", choices=DATA_FORMATS
     )
+    data_root: str = option("--data-root", "folder for data that --data names", "data")
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ class Hub:
     small: int = 0  # files up to so many bytes are in git itself, not in LFS
     endpoint: str = ""
     cdn: str = ""
+    held: dict[str, threading.Event] = field(default_factory=dict)  # files that the CDN sends once their event is set
     closing: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -230,6 +231,8 @@ class _CdnHandler(_Handler):
         _, owner, name, path = unquote(urlsplit(self.path).path).split("/", 3)
         request, fault = self.begin("cdn")
         data = self.hub.datasets[f"{owner}/{name}"][path]
+        if path in self.hub.held:
+            self.hub.held[path].wait(60)
         if fault is not None and (fault.status is not None or fault.body is not None):
             self.refuse(fault)
         elif request.start >= len(data) > 0:

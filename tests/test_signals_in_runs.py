@@ -110,8 +110,10 @@ def assert_equal_runs(whole: Path, cut: Path) -> None:
     assert not list(cut.glob(".*.tmp*"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("phase", "signum"), [
+    pytest.param(phase, signum, id=f"{phase}-{signum.name}", marks=[pytest.mark.slow] * ((number + which) % 2))
+    for number, phase in enumerate(PHASES) for which, signum in enumerate((signal.SIGTERM, signal.SIGINT))
+])
 def test_the_first_signal_saves_the_step_reached_and_the_run_continues(forked, whole, tmp_path, phase, signum):
     done, breaks_off = PHASES[phase]
     # A phase that can be broken off would take longer than the test waits.

@@ -95,8 +95,8 @@ NANO = ("--size nano --layers 2 --data demo --device cpu --train-seq-len 64 --ba
 def sync(run_dir: Path, env: dict[str, str]) -> None:
     """``wandb sync`` of all that the client has left in a run directory."""
     runs = [str(path) for path in run_dir.glob("wandb/*run-*")]
-    subprocess.run([str(Path(sys.executable).parent / "wandb"), "sync", "--include-online", *runs], check=True, timeout=60, env=env,
-                   stdin=subprocess.DEVNULL, capture_output=True)
+    subprocess.run([str(Path(sys.executable).parent / "wandb"), "sync", "--include-online", *runs], check=True,
+                   timeout=60, env=env, stdin=subprocess.DEVNULL, capture_output=True)
 
 
 class Training:
@@ -105,10 +105,12 @@ class Training:
     def __init__(self, root: Path, url: str, steps: int, *options: str, waits=QUICK, before: str = "") -> None:
         self.root, self.url, self.steps = root, url, steps
         root.mkdir(exist_ok=True)
+        # Not a pipe: it would stay open for as long as the client does.
+        self.output = (root / "output.txt").open("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-c", CHILD.format(waits=waits, before=before), "--run-root", str(root), "--wandb",
              "--steps", str(steps), *NANO.split(), *options],
-            env=environment(root, url), cwd=TESTS.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            env=environment(root, url), cwd=TESTS.parent, stdout=self.output, stderr=subprocess.STDOUT)
 
     @property
     def path(self) -> Path:
@@ -117,20 +119,25 @@ class Training:
     def rows(self, kind: str) -> list[dict]:
         return [row for row in read_json_lines(self.path / "train.jsonl") if row["type"] == kind]
 
+    def told(self) -> str:
+        """All of its output."""
+        return (self.root / "output.txt").read_text()
+
     def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + RUN_S
         while not list(self.root.glob("oneb_*/train.jsonl")) or len(self.rows("train")) < step:
-            assert self.process.poll() is None, self.process.communicate()[0]
+            assert self.process.poll() is None, self.told()
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
     def finish(self, within_s: float = RUN_S) -> str:
         """Its output, once it has ended well, in time, and with every row in train.jsonl."""
         try:
-            output, _ = self.process.communicate(timeout=within_s)
+            code = self.process.wait(within_s)
         finally:
             self.process.kill()
-        assert self.process.returncode == 0, output
+        output = self.told()
+        assert code == 0, output
         assert [row["step"] for row in self.rows("train")] == list(range(1, self.steps + 1)), output
         assert [row["step"] for row in self.rows("eval")] == [self.steps]
         return output
@@ -261,9 +268,8 @@ def test_without_a_network_or_a_client(tmp_path):
     assert "logging offline" not in training.finish()
     assert list(training.path.glob("wandb/offline-run-*/*.wandb"))
     absent = Training(tmp_path / "absent", nowhere, 20, before="sys.modules['wandb'] = None")
-    output, _ = absent.process.communicate(timeout=RUN_S)
-    assert absent.process.returncode == 2
-    assert "python3 -m pip install wandb" in output
+    assert absent.process.wait(RUN_S) == 2
+    assert "python3 -m pip install wandb" in absent.told()
 
 
 @pytest.mark.slow

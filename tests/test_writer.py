@@ -182,6 +182,23 @@ def test_memory_of_the_host_and_of_a_container(tmp_path):
 
 
 @pytest.mark.gpu
+def test_page_locked_memory_is_given_back(tmp_path):
+    """Memory that stays locked after it is unmapped spoils whatever gets its address next."""
+    device, live = open_device("cuda"), contents(1) | {"model": {"w": torch.randn(2**24, device="cuda")}}
+    finite = torch.ones((), dtype=torch.bool, device="cuda")
+    for _ in range(8):
+        with CheckpointWriter(device) as writing:
+            writing.submit(tmp_path / "last.pt", live, finite, lambda: None)
+            writing.wait()
+            assert [result.error for result in writing.results()] == [None]
+            assert len(writing._host._registered) == len([t for t in tensors(live).values() if t.numel()])
+        assert not writing._host._registered
+        for size in (2**20, 2**22, 2**24):
+            there = torch.randn(size, device="cuda")
+            assert torch.equal(there.cpu().cuda(), there)
+
+
+@pytest.mark.gpu
 def test_on_the_gpu_steps_go_on_while_a_checkpoint_is_written(tmp_path):
     """2 GiB on the device, changed as soon as that is allowed: the file has the old values, in every bit."""
     device = open_device("cuda")

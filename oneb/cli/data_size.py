@@ -1,4 +1,4 @@
-"""How many tokens ``--data`` holds, from headers and file sizes alone: no numpy, nothing read through."""
+"""How many tokens ``--data`` holds, from its name, headers and file sizes alone: no numpy, nothing read through."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import glob
 from pathlib import Path
 
 from oneb.config import DEMO_DATA
+from oneb.data.names import parse_name
 from oneb.data.sidecar import is_beside_tokens
 
 _NPY_MAGIC = b"\x93NUMPY"
@@ -14,9 +15,15 @@ _BIN_HEADER_BYTES = 1024
 
 
 def count_tokens(path: str, data_format: str) -> int | None:
-    """Tokens of a file, a folder or a glob; None where that cannot be told from outside. Checks nothing."""
+    """Tokens of a file, a folder, a glob or a name; None where that cannot be told from outside. Checks nothing.
+
+    Raises:
+        OnebError: it looks like a name and is none.
+    """
     if path == DEMO_DATA:
         return None
+    if (name := parse_name(path)) is not None:
+        return name.n_tokens
     target = Path(path).expanduser()
     if target.is_dir():
         suffix = {"raw": ".bin", "auto": ".npy"}.get(data_format, f".{data_format}")

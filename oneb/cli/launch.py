@@ -22,6 +22,7 @@ from oneb.cli.machine import Machine, find_machine, plan_for
 from oneb.cli.options import OptionParser, add_config_options, config_to_args, shell_command
 from oneb.cli.plan_text import money_lines, need_lines, run_lines, stdout_is_plain, wrapped
 from oneb.config import DEMO_DATA, Config
+from oneb.data.names import parse_name
 from oneb.errors import OnebError
 from oneb.planner import Plan
 from oneb.presets import resolve
@@ -174,6 +175,9 @@ def _print_command(interpreter: str, config: Config) -> list[str]:
 
 def _data_notes(config: Config) -> list[str]:
     path = config.data.path
+    if (name := parse_name(path)) is not None:
+        to_do = name.to_do(config.data.data_root)
+        return wrapped("[note] ", to_do) if to_do else []
     if path == DEMO_DATA or "*" in path or Path(path).exists():
         return []
     # A line of its own: it is there to be pasted.

@@ -202,10 +202,19 @@ def fetch(dataset: HubDataset, file: HubFile, say: Say = lambda message: None,
     return cached
 
 
+def bytes_to_fetch(dataset: HubDataset, files: Sequence[HubFile]) -> int:
+    """What of ``files`` is not in the cache yet."""
+    return sum(file.size - _size(_partial(dataset, file)) for file in files if _cached(dataset, file) is None)
+
+
+def cache_disk(dataset: HubDataset) -> Path:
+    """A folder that is there, on the disk of the cache."""
+    return next(path for path in (_storage(dataset), *_storage(dataset).parents) if path.exists())
+
+
 def check_space(dataset: HubDataset, files: Sequence[HubFile]) -> None:
     """Raises OnebError unless the cache's disk has room for those of ``files`` that are not there yet."""
-    needed = sum(file.size - _size(_partial(dataset, file)) for file in files if _cached(dataset, file) is None)
-    folder = next(path for path in (_storage(dataset), *_storage(dataset).parents) if path.exists())
+    needed, folder = bytes_to_fetch(dataset, files), cache_disk(dataset)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OnebError(f"{len(files)} file(s) of {dataset.repo}: {format_gib(needed)} to download, the disk of "

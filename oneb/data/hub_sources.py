@@ -8,15 +8,10 @@ from functools import partial
 
 from oneb.data.formats import BIN_HEADER_BYTES
 from oneb.data.hub import fetch, list_files
-from oneb.data.sources import SOURCES, HubDataset, InputFile
+from oneb.data.sources import READY_TOKENS, SOURCES, HubDataset, InputFile
 from oneb.errors import OnebError
 from oneb.units import format_count
 
-# GPT-2 tokens of the same text, 100M a file: https://huggingface.co/kjj0
-READY_TOKENS = {
-    "fineweb-edu": HubDataset("kjj0/finewebedu10B-gpt2", "main", "finewebedu_train_*.bin"),
-    "fineweb": HubDataset("kjj0/fineweb10B-gpt2", "main", "fineweb_train_*.bin"),
-}
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 

@@ -108,6 +108,8 @@ class BatchLoader:
             for step in self._steps:
                 seq_len = self._order.seq_len(step)
                 offsets = self._order.offsets(step)[self._rows]
+                if not self._tokens.wait_for(offsets.tolist(), seq_len + 1, self._closed.is_set):
+                    return
                 batch = gather(self._tokens, offsets, seq_len, self._vocab_size, self._pin_memory)
                 if not self._put(Batch(step, batch, seq_len)):
                     return

@@ -6,6 +6,10 @@ chunk window by window over consecutive steps. So no window is used twice in an 
 change included, and nothing depends on how many steps the run will have, nor on how a step's
 sequences are divided over micro-batches and GPUs.
 
+Data that arrives shard by shard is read so, too: its chunks lie within the shards, the order is pseudo-random within
+each, and the shards come one after the other, in every epoch and also when all of them are there. What a step reads
+then depends on the sizes of the shards, which are known beforehand, and not on when they come.
+
 A run that went wrong goes back to a checkpoint and passes over the batches at which it did, as PaLM's
 did (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1). Such skips are part of the schedule, so
 that the order stays a pure function.
@@ -29,6 +33,7 @@ from oneb.errors import OnebError
 _FEISTEL_ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, splitmix64's increment
 _MASK_64 = 2**64 - 1
+_GROUP_KEYS = 16  # behind what an epoch's own key is hashed with: 0 for the shift, then the rounds
 _MAX_SKIPPED = 2**40  # batches, all skips together: far from overflowing int64 positions
 _Uint64 = TypeVar("_Uint64", int, np.ndarray)
 
@@ -75,9 +80,11 @@ class BatchOrder:
         skips: ``(step, batches)``, in the order in which they were decided. From ``step`` to the end of its
             phase each step reads what, with the skips before this one alone, the step ``batches`` later would
             have read. Later phases begin behind all of that: what was passed over is not read in this epoch.
+        groups: training tokens of each shard, where the data is read shard by shard; together ``n_train``.
 
     Raises:
-        OnebError: if the training tokens do not fill one chunk, or ``skips`` are not what is written above.
+        OnebError: if the training tokens (those of no group) do not fill one chunk, or ``skips`` are not what is
+            written above.
     """
 
     n_train: int
@@ -85,6 +92,7 @@ class BatchOrder:
     phases: tuple[tuple[int, int], ...]
     batch_sequences: tuple[int, ...]
     skips: tuple[tuple[int, int], ...] = ()
+    groups: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         starts = [start for start, _ in self.phases]
@@ -92,6 +100,7 @@ class BatchOrder:
         assert starts == sorted(set(starts)), self.phases
         assert len(self.batch_sequences) == len(self.phases)
         assert min(*self.batch_sequences, *(seq_len for _, seq_len in self.phases)) > 0
+        assert not self.groups or (sum(self.groups) == self.n_train and min(self.groups) > 0), self.groups
         if self.n_chunks < 1:
             raise OnebError(f"the training part of the data has {self.n_train} tokens; wanted at least "
                             f"{self.chunk_len + 1}, one sequence of length {self.chunk_len}. "
@@ -110,7 +119,13 @@ class BatchOrder:
     @cached_property
     def n_chunks(self) -> int:
         """Chunks an epoch; each reads L + 1 tokens, the last of them only as a target."""
-        return (self.n_train - 1) // self.chunk_len
+        return int(self._chunk_bounds[-1])
+
+    @cached_property
+    def _chunk_bounds(self) -> np.ndarray:
+        """int64 (groups + 1,): the chunks of an epoch before each group, and at last all of them."""
+        chunks = [(n_tokens - 1) // self.chunk_len for n_tokens in self.groups or (self.n_train,)]
+        return np.cumsum([0, *chunks], dtype=np.int64)
 
     def seq_len(self, step: int) -> int:
         """T at ``step``."""
@@ -187,14 +202,23 @@ class BatchOrder:
     def _chunk_offsets(self, positions: np.ndarray) -> np.ndarray:
         """int64 (B,) chunk positions -> the token offsets where those chunks start."""
         epochs, indices = np.divmod(positions, self.n_chunks)
-        slack = self.n_train - 1 - self.n_chunks * self.chunk_len  # tokens that fill no chunk
+        groups = np.searchsorted(self._chunk_bounds, indices, side="right") - 1
         offsets = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
+        for epoch, group in sorted(set(zip(epochs.tolist(), groups.tolist(), strict=True))):
+            here = (epochs == epoch) & (groups == group)
             key = hash_ints(self.seed, epoch)
-            shift = hash_ints(key, 0) % (slack + 1)  # so that cuts fall elsewhere each epoch
-            offsets[here] = shift + permute(indices[here], self.n_chunks, key) * self.chunk_len
+            if self.groups:
+                key = hash_ints(key, _GROUP_KEYS + group)
+            offsets[here] = self._offsets_within(group, indices[here] - self._chunk_bounds[group], key)
         return offsets
+
+    def _offsets_within(self, group: int, indices: np.ndarray, key: int) -> np.ndarray:
+        """The token offsets of a group's chunks (all data is one group, where there are none), shuffled by ``key``."""
+        first, n_tokens = sum(self.groups[:group]), (self.groups or (self.n_train,))[group]
+        n_chunks = int(self._chunk_bounds[group + 1] - self._chunk_bounds[group])
+        slack = n_tokens - 1 - n_chunks * self.chunk_len  # tokens that fill no chunk
+        shift = hash_ints(key, 0) % (slack + 1)  # so that cuts fall elsewhere each epoch
+        return first + shift + permute(indices, n_chunks, key) * self.chunk_len
 
 
 def _is_skip(skip: Any) -> bool:

@@ -33,6 +33,11 @@ SOURCES = {
                               "sample/10BT/*.parquet"),
     "fineweb": HubDataset("HuggingFaceFW/fineweb", "main", "sample/10BT/*.parquet"),
 }
+# GPT-2 tokens of the same text, 100M a file: https://huggingface.co/kjj0
+READY_TOKENS = {
+    "fineweb-edu": HubDataset("kjj0/finewebedu10B-gpt2", "main", "finewebedu_train_*.bin"),
+    "fineweb": HubDataset("kjj0/fineweb10B-gpt2", "main", "fineweb_train_*.bin"),
+}
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,20 @@ class Tokens:
             shard = bisect.bisect_right(self._starts, start) - 1
             self._shards[shard].expect(start - self._starts[shard], length)
 
+    def is_here(self, start: int, length: int) -> bool:
+        """Whether ``length`` tokens from ``start`` on can be read without waiting for more to arrive."""
+        self._check_range(start, length)
+        return True
+
+    def wait_for(self, starts: Sequence[int], length: int, cancelled: Callable[[], bool]) -> bool:
+        """Wait until ``length`` tokens from each of ``starts`` on are there; False if ``cancelled`` came true before.
+
+        Raises:
+            IndexError: if one of the ranges is not inside the data.
+            OnebError: they will not come.
+        """
+        return all(self.is_here(start, length) for start in starts)
+
     def _check_range(self, start: int, length: int) -> None:
         if not 0 <= start <= start + length <= self.n_tokens:
             raise IndexError(f"tokens [{start}, {start + length}) of {self.n_tokens}")

@@ -126,15 +126,22 @@ class _Rehearsal(Trainer):
                 self.phases.setdefault(seq_len, range(max(first, begin), end))
 
     def read_data(self) -> None:
-        """Read windows from the first token to the last: a sidecar may have vouched for ids that nobody has read."""
+        """Read windows from the first token to the last: a sidecar may have vouched for ids that nobody has read.
+
+        Of data that is still arriving, what steps and evaluations here need is waited for, and no more.
+        """
         self.recorder.status("reading the data's edges")
         parts, longest = self.parts, max(self.phases)
-        spread = np.linspace(0, parts.tokens.n_tokens - longest - 1, _SAMPLES).round().astype(np.int64)
-        self._gather(spread, longest)
         for seq_len, steps in self.phases.items():
-            for step in {steps[0], steps[-1]}:
-                self._gather(parts.order.offsets(step), seq_len)
             self._gather(parts.validation.offsets(seq_len)[[0, -1]], seq_len)
+            self._gather(self._offsets(steps[0]), seq_len)
+        spread = np.linspace(0, parts.tokens.n_tokens - longest - 1, _SAMPLES).round().astype(np.int64)
+        edges = [(seq_len, parts.order.offsets(step)) for seq_len, steps in self.phases.items()
+                 for step in {steps[0], steps[-1]}]
+        for seq_len, offsets in [(longest, spread), *edges]:
+            here = [parts.tokens.is_here(offset, seq_len + 1) for offset in offsets.tolist()]
+            if any(here):
+                self._gather(offsets[here], seq_len)
 
     def time_steps(self, seq_len: int) -> dict[str, Any]:
         """Make steps at one length; what they took."""
@@ -144,7 +151,7 @@ class _Rehearsal(Trainer):
             torch.cuda.empty_cache()  # what longer sequences took is not this length's
             torch.cuda.reset_peak_memory_stats(device.torch)
         steps = self.phases[seq_len][:_BATCHES]
-        batches = [self._gather(self.parts.order.offsets(step), seq_len) for step in steps]
+        batches = [self._gather(self._offsets(step), seq_len) for step in steps]
         step_s = self._step_seconds(batches, seq_len)
         fitted = self.fit.at(seq_len)
         tok_s = self.config.train.sequences(seq_len) * seq_len / step_s
@@ -190,11 +197,17 @@ class _Rehearsal(Trainer):
         for _ in range(_COMPARED_STEPS if self.config.run.save_optim else 1):
             at = min(self.step, self.config.train.steps - 1)
             seq_len = order.seq_len(at)
-            rows.append(self._step(self._gather(order.offsets(at), seq_len), seq_len))
+            rows.append(self._step(self._gather(self._offsets(at), seq_len), seq_len))
         losses, norms = torch.stack(rows).T.tolist()
         return {"losses": losses, "norms": norms}
 
     # ---- the parts of these
+
+    def _offsets(self, step: int) -> np.ndarray:
+        """Where a step's windows start. Of data that is read shard by shard, in the first, which is the first there."""
+        order = self.parts.order
+        offsets = order.offsets(step)
+        return offsets % max(1, order.groups[0] - order.seq_len(step)) if order.groups else offsets
 
     def _gather(self, offsets: np.ndarray, seq_len: int) -> Tensor:
         """(len(offsets), seq_len + 1): the windows there, their ids checked."""

@@ -11,8 +11,9 @@ import torch
 
 from oneb import __version__, accounting
 from oneb.config import BYTE_VOCAB_SIZE, EVAL_ITER_TOKENS, GPT2_VOCAB_SIZE, Config, compute_dtype, device_defaults
-from oneb.data.order import BatchOrder, split_tokens
-from oneb.data.tokens import Tokens, open_tokens
+from oneb.data.named import open_data
+from oneb.data.order import BatchOrder
+from oneb.data.tokens import Tokens
 from oneb.errors import OnebError
 from oneb.fit import Fit, fit
 from oneb.kernels.attention import choose_backend
@@ -65,12 +66,12 @@ def build(config: Config, say: Callable[[str], None]) -> Parts:
     check_precision(device, config.train.precision)
     config, fitted = _settle(config, device, notes)
     # Data first: its mistakes are cheaper to hear of than the model's.
-    tokens = open_tokens(config.data.path, config.data.format, vocab_size=config.model.vocab_size, log=say)
+    data = open_data(config.data, config.model.vocab_size, say)
+    tokens, n_train, n_val = data.tokens, data.n_train, data.n_val
     notes += tokens.warnings
-    n_train, n_val = split_tokens(tokens.n_tokens)
     train = config.train
     sequences = tuple(train.sequences(seq_len) for _, seq_len in train.phases)
-    order = BatchOrder(n_train, train.seed, train.phases, sequences)
+    order = BatchOrder(n_train, train.seed, train.phases, sequences, groups=data.groups)
     validation = Validation(tokens, n_train, n_val, train.eval_iters * EVAL_ITER_TOKENS)
     for _, seq_len in reached(train.phases, train.steps):
         validation.offsets(seq_len)  # a tail too short for a later phase is heard of now

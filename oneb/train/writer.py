@@ -234,7 +234,7 @@ class _HostCopy:
     def free(self) -> None:
         """Give the memory back."""
         for address in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(address)
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
         self._registered.clear()
         self._tensors.clear()
 
@@ -247,7 +247,8 @@ class _HostCopy:
             return torch.empty(tensor.shape, dtype=tensor.dtype)
         # Pages of its own, so that they can be page-locked: torch's own pinned memory comes in powers of two.
         memory = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=tensor.dtype).view(tensor.shape)
-        if self._device.is_cuda and not torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0):
+        # The code is an enumeration's member, which is true whatever it says.
+        if self._device.is_cuda and int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
             self._registered.append(memory.data_ptr())
         return memory
 

@@ -1,0 +1,211 @@
+"""Ready shards from the Hugging Face Hub to the files of a named data set, while the run that reads them trains."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from oneb.data.arriving import locked
+from oneb.data.formats import open_file
+from oneb.data.hub import HubFile, fetch
+from oneb.data.hub_failures import Unreachable
+from oneb.data.journal import index_path, npy_header
+from oneb.data.sidecar import Sidecar, write_sidecar
+from oneb.data.sources import HubDataset
+from oneb.errors import OnebError
+from oneb.files import atomic_writer
+from oneb.units import format_duration, format_gib
+
+EOT, VOCAB_SIZE = 50256, 50257  # of GPT-2, whose ids the shards hold
+_CHUNK_TOKENS = 4 * 2**20
+_POLL_S = 0.2  # how often a waiting thread looks for the file, and for the end of the wait
+_LOCK_POLL_S = 0.5
+_QUIET_S, _REPORT_S = 1.0, 10.0  # a wait is reported after the first, and again after the second
+_PAUSE_S = 60.0  # after a failure that nobody waits for
+_NOT_HERE = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # these are the main thread's
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file of the data set: the first ``n_tokens`` of a ready shard."""
+
+    name: str
+    n_tokens: int
+    shard: HubFile
+
+
+class Download:
+    """Brings pieces into ``folder``: the first of them first, then from the one that somebody waits for.
+
+    One process does so at a time: others wait for its files, and take over if it ends. Failures of the network count
+    only where somebody waits for what they keep away; until then it is tried again.
+
+    Args:
+        say: told about waits and failures.
+    """
+
+    def __init__(self, folder: Path, dataset: HubDataset, pieces: Sequence[Piece], say: Callable[[str], None]) -> None:
+        self.folder, self.dataset, self.pieces, self.say = folder, dataset, pieces, say
+        self._wanted = 0  # the piece that was waited for last
+        self._arriving: tuple[int, int, float, int] | None = None  # piece, bytes at first, since when, bytes now
+        self._attempts = 0
+        self._failed: tuple[int, OnebError] | None = None  # in which attempt, and how
+        self._waiting, self._lock, self._awaited = 0, threading.Lock(), threading.Event()
+        self._numbers = {piece.name: number for number, piece in enumerate(pieces)}
+        # A daemon: what has arrived is kept, however the process ends.
+        self._thread = threading.Thread(target=self._run, name="oneb-download", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def wait(self, name: str, cancelled: Callable[[], bool]) -> bool:
+        """Wait until the file of that name is there; False if ``cancelled`` came true before.
+
+        Raises:
+            OnebError: it cannot be had.
+        """
+        number, began = self._numbers[name], time.monotonic()
+        self._wanted, attempts = number, self._attempts
+        said = began + _QUIET_S - _REPORT_S
+        self._count_waiting(1)
+        try:
+            while not (self.folder / name).exists():
+                if cancelled():
+                    return False
+                self._raise_failure(attempts)
+                if time.monotonic() - said > _REPORT_S:
+                    said = time.monotonic()
+                    self.say(f"waiting for {name}: {self.progress(number)}")
+                time.sleep(_POLL_S)
+        finally:
+            self._count_waiting(-1)
+        return True
+
+    def _count_waiting(self, more: int) -> None:
+        with self._lock:
+            self._waiting += more
+            (self._awaited.set if self._waiting else self._awaited.clear)()
+
+    def progress(self, number: int) -> str:
+        """How far piece ``number`` is."""
+        arriving = self._arriving
+        if arriving is None:
+            return "the download begins, or another process is at it"
+        current, first, since, now = arriving
+        size, seconds = self.pieces[current].shard.size, time.monotonic() - since
+        which = "" if current == number else f"{self.pieces[current].name} comes before it, "
+        text = f"{which}{now / size:.0%} of {format_gib(size)}"
+        if now > first and seconds > 0:
+            rate = (now - first) / seconds
+            text += f", {rate / 1e6:.1f} MB/s, {format_duration((size - now) / rate)} left"
+        return text
+
+    def _raise_failure(self, attempts: int) -> None:
+        """Raise what failed, unless it may have been tried for long before somebody waited, since attempt so and so."""
+        if self._failed is None:
+            if not self._thread.is_alive():
+                raise OnebError(f"a file of {self.folder} is gone that was there; run the command again")
+            return
+        attempt, error = self._failed
+        if attempt > attempts or not isinstance(error, Unreachable):
+            raise OnebError(f"the data does not arrive: {error}") from error
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_HERE)
+        while (number := self._next()) is not None:
+            self._attempts += 1
+            try:
+                with locked(self.folder) as alone:
+                    if alone:
+                        self._bring(number)
+                        self._failed = None
+                    else:
+                        time.sleep(_LOCK_POLL_S)
+            except OnebError as error:
+                self._fail(error)
+            except OSError as error:
+                self._fail(OnebError(f"{self.folder} cannot be written: {error.strerror or error}. Make room there, or "
+                                     "choose another --data-root"))
+            except Exception as error:  # fallback: told to those who wait, who would wait for good
+                self._fail(OnebError(f"{type(error).__name__}: {error}"))
+                raise
+
+    def _next(self) -> int | None:
+        """The piece to bring now: the first, then from the one that is waited for on."""
+        n_pieces = len(self.pieces)
+        order = [0, *((self._wanted + further) % n_pieces for further in range(n_pieces))]
+        return next((number for number in order if not (self.folder / self.pieces[number].name).exists()), None)
+
+    def _bring(self, number: int) -> None:
+        piece = self.pieces[number]
+        if (self.folder / piece.name).exists():  # of a process that had the lock before
+            return
+
+        def progress(n_bytes: int, size: int) -> None:
+            before = self._arriving
+            first, since = (n_bytes, time.monotonic()) if before is None else before[1:3]
+            self._arriving = number, first, since, n_bytes
+
+        try:
+            shard = fetch(self.dataset, piece.shard, self._say_if_awaited, progress)
+            write_piece(self.folder / piece.name, piece, shard, self.dataset)
+        finally:
+            self._arriving = None
+
+    def _fail(self, error: OnebError) -> None:
+        self._failed = self._attempts, error
+        if not self._awaited.is_set():
+            self.say(f"{error} (the data for the next steps is there; tried again in {format_duration(_PAUSE_S)})")
+        time.sleep(1.0)  # those who wait hear of it
+        self._awaited.wait(_PAUSE_S)
+
+    def _say_if_awaited(self, message: str) -> None:
+        if self._awaited.is_set():
+            self.say(message)
+
+
+def write_piece(target: Path, piece: Piece, shard: Path, dataset: HubDataset) -> None:
+    """Write a piece, its document index and its sidecar; the token file appears last, and whole.
+
+    The ids stay as they are. In the shards the end-of-text id begins documents; here it is taken to end the one before.
+
+    Raises:
+        OnebError: the shard is damaged, or holds fewer tokens, or an id that is not GPT-2's.
+        OSError: the disk is full, say.
+    """
+    tokens = open_file(shard, "bin")
+    if len(tokens) < piece.n_tokens:
+        raise OnebError(f"{shard} holds {len(tokens)} tokens, wanted {piece.n_tokens}; delete it, and it is downloaded "
+                        "again")
+    ends, max_id = [], -1
+    header = npy_header(np.dtype("<u2"), piece.n_tokens)
+    digest = hashlib.sha256(header)
+    with atomic_writer(target) as out:
+        out.write(header)
+        for start in range(0, piece.n_tokens, _CHUNK_TOKENS):
+            ids = tokens.read(start, min(_CHUNK_TOKENS, piece.n_tokens - start))
+            max_id = max(max_id, int(ids.max()))
+            if max_id >= VOCAB_SIZE:
+                raise OnebError(f"{shard}: the token id {max_id} is outside the vocabulary of {VOCAB_SIZE} of gpt2. A "
+                                "damaged file: delete it, and it is downloaded again")
+            ends.append(start + 1 + np.flatnonzero(ids == EOT))
+            digest.update(ids)
+            out.write(ids)
+        bounds = np.unique(np.concatenate([[0], *ends, [piece.n_tokens]])).astype("<i8")
+        with atomic_writer(index_path(target)) as index:
+            index.write(npy_header(bounds.dtype, len(bounds)))
+            index.write(bounds)
+        write_sidecar(target, Sidecar(
+            tokens=piece.n_tokens, documents=len(bounds) - 1, encoding="gpt2", vocab_size=VOCAB_SIZE, eot=EOT,
+            source=f"{dataset.repo}@{piece.shard.revision} {piece.shard.path}", format="npy uint16",
+            sha256=digest.hexdigest(), max_id=max_id, revision=piece.shard.revision))
