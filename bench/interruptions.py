@@ -148,8 +148,9 @@ def main() -> int:
     args = parser.parse_args()
     shutil.rmtree(args.run_root, ignore_errors=True)
     found = measure(args.run_root, args.options)
+    meta = Run(args.run_root / "whole", []).rows("meta")[0]
     shutil.rmtree(args.run_root)
-    save(args.out, [{**row, "options": args.options} for row in found])
+    save(args.out, found, gpu=meta["device"], torch=meta["torch"], options=args.options)
     print(table(found, COLUMNS))
     return 0
 

@@ -59,6 +59,6 @@ def figures(run_directory: Path, began: float, meter: Meter | None = None) -> di
     return found
 
 
-def save(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Store rows with the command that made them, the commit and the date."""
-    results.save(path, rows, command="python3 " + " ".join(sys.argv))
+def save(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
+    """Store rows with the command that made them, the commit, the date, and what else is to be said of all of them."""
+    results.save(path, rows, command="python3 " + " ".join(sys.argv), **facts)

@@ -52,8 +52,14 @@ class Meter:
                 self.samples.append((time.time(), clock, watts))
 
     def between(self, start: float, end: float) -> dict[str, float | None]:
-        """Median ``clock_mhz`` and ``watts`` of the samples from ``start`` to ``end`` (unix times), or None."""
+        """Median ``clock_mhz`` and ``watts`` of the samples from ``start`` to ``end`` (unix times), or None.
+
+        Between two samples, those two count.
+        """
         inside = [sample for sample in self.samples if start <= sample[0] <= end]
+        if not inside:
+            around = 2 * _PERIOD_MS / 1e3
+            inside = [sample for sample in self.samples if start - around <= sample[0] <= end + around]
         if not inside:
             return {"clock_mhz": None, "watts": None}
         return {"clock_mhz": statistics.median(s[1] for s in inside), "watts": statistics.median(s[2] for s in inside)}
