@@ -6,4 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/setup_env.sh
 setup_env requirements_runtime.txt requirements_test.txt
 setup_env requirements_triton.txt
-exec "$PYTHON" -m pytest "$@"
+workers=()
+# Many tests wait for other processes: one worker more than there are cores. On a GPU they would share its memory.
+if [[ " $* " != *" -n"* ]] && ! command -v nvidia-smi > /dev/null; then
+    workers=(-n "$("$PYTHON" -c 'import os; print((os.cpu_count() or 1) + 1)')")
+fi
+exec "$PYTHON" -m pytest ${workers[@]+"${workers[@]}"} "$@"

@@ -181,7 +181,10 @@ def _range_faults(config: Config) -> list[str]:
         (config.train, ("eval_every", "max_rollbacks"), lambda v: v >= 0, not_negative),
         (config.train, ("spike_zscore",), lambda v: 0 <= v < math.inf, "must not be negative, and a number"),
         (config.train, ("seed",), lambda v: 0 <= v < 2**63, "must be between 0 and 2**63 - 1"),
-        (config.run, ("save_every", "save_minutes", "keep_last"), lambda v: v >= 0, not_negative),
+        (config.run, ("save_every", "keep_last"), lambda v: v >= 0, not_negative),
+        (config.run, ("save_minutes",), lambda v: 0 <= v < math.inf, "must not be negative, and a number"),
+        (config.run, ("save_to",), lambda v: v is None or v.strip(), "is empty (a variable that is not set?); give a "
+         "folder or s3://bucket/folder"),
         (config.log, ("log_every",), lambda v: v >= 1, positive),
         (config.log, ("analysis_every",), lambda v: v >= 0, not_negative),
         (config.optim, ("lr",), lambda v: 0 < v < math.inf, "must be above 0, and a number"),

@@ -229,10 +229,10 @@ class _HubHandler(_Handler):
 class _CdnHandler(_Handler):
     def do_GET(self) -> None:
         _, owner, name, path = unquote(urlsplit(self.path).path).split("/", 3)
-        request, fault = self.begin("cdn")
-        data = self.hub.datasets[f"{owner}/{name}"][path]
         if path in self.hub.held:
             self.hub.held[path].wait(60)
+        request, fault = self.begin("cdn")
+        data = self.hub.datasets[f"{owner}/{name}"][path]
         if fault is not None and (fault.status is not None or fault.body is not None):
             self.refuse(fault)
         elif request.start >= len(data) > 0:

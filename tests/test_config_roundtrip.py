@@ -72,7 +72,8 @@ def configs(draw):
         compile=draw(st.sampled_from([None, True, False])))
     run = RunConfig(**draw(instances(
         RunConfig, root=TEXT, tag=st.from_regex(r"\A\w[\w.-]{0,9}\Z"), save_every=EVERY, ckpt=st.none() | TEXT,
-        save_minutes=st.floats(0, 99), keep_last=EVERY, price=st.none() | st.floats(0, 99))))
+        save_minutes=st.floats(0, 99), keep_last=EVERY, price=st.none() | st.floats(0, 99),
+        save_to=st.none() | TEXT)))
     names = {f"wandb_{name}": st.none() | TEXT for name in ("entity", "name", "group", "tags", "id")}
     log = LogConfig(**draw(instances(LogConfig, log_every=st.integers(1, 99), analysis_every=EVERY,
                                      wandb_project=TEXT, **names)))

@@ -541,3 +541,14 @@ def test_two_runs_at_once(tmp_path):
     finally:
         first.kill()
         first.wait()
+
+
+def test_a_lock_that_was_given_back_leaves_later_children_alone(tmp_path):
+    """What a forked child closes must be the lock's own: the numbers of its descriptors belong to others by then."""
+    lock = RunLock(tmp_path)
+    with lock:
+        pass
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", "print('there')"], capture_output=True, text=True,
+                              preexec_fn=lambda: None)
+        assert done.stdout == "there\n", done.stderr

@@ -253,7 +253,7 @@ def test_kill_9_with_a_second_place_and_a_new_best_at_every_evaluation(forked, t
     # On a new machine: nothing is there but the second place.
     shutil.rmtree(tmp_path / "cut")
     given |= {"steps": steps + 4, "if_exists": "resume"}
-    for where in ({"root": str(tmp_path / "whole"), "save_to": ""}, {}):
+    for where in ({"root": str(tmp_path / "whole"), "save_to": None}, {}):
         process = forked(train_here, given={**given, **where})
         assert process.wait() == 0, process.told()
     assert_same_weights(weights(tmp_path / "whole" / NAME), weights(here))

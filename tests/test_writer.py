@@ -1,5 +1,6 @@
 """The thread that writes checkpoints: what it copies, when tensors may change again, what a full disk does to it."""
 
+import errno
 import threading
 import time
 
@@ -158,11 +159,55 @@ def test_memory_that_was_reserved_is_the_one_that_is_used(tmp_path, monkeypatch)
         writing.reserve(contents(0))
         writing.wait()
         monkeypatch.setattr(writer, "available_bytes", lambda: 0)  # from here on, none is to be had
-        writing.submit(tmp_path / "last.pt", live := contents(1, seed=1), FINITE, lambda: time.sleep(0.2))
-        writing.wait_copied()
+        may_write = threading.Event()
+        saving = writer.save_checkpoint
+        monkeypatch.setattr(writer, "save_checkpoint", lambda *given: may_write.wait(10) and saving(*given))
+        writing.submit(tmp_path / "last.pt", live := contents(1, seed=1), FINITE, lambda: None)
+        writing.wait_copied()  # for the copy, not for the file
+        assert not (tmp_path / "last.pt").exists()
         live["model"]["w"].zero_()
+        may_write.set()
         writing.wait()
     assert_equal(read(tmp_path / "last.pt"), contents(1, seed=1))
+
+
+def test_memory_that_the_system_refuses_is_done_without(tmp_path, monkeypatch):
+    """It may have limits of its own, whatever it says to be free."""
+    def refuse(*given):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(writer.mmap, "mmap", refuse)
+    with CheckpointWriter(CPU) as writing:
+        writing.reserve(contents(0))
+        writing.submit(tmp_path / "last.pt", contents(1, seed=1), FINITE, lambda: None)
+        writing.wait()
+        assert [result.error for result in writing.results()] == [None]
+    assert_equal(read(tmp_path / "last.pt"), contents(1, seed=1))
+
+
+def test_a_copy_of_a_part_is_not_taken_for_one_of_the_whole(tmp_path, monkeypatch):
+    """best.pt of a step may be copied before last.pt, which has the optimizer's state besides."""
+    may_write, saving = threading.Event(), writer.save_checkpoint
+    monkeypatch.setattr(writer, "save_checkpoint", lambda *given: may_write.wait(10) and saving(*given))
+    live = contents(1, seed=1)
+    with CheckpointWriter(CPU) as writing:
+        writing.submit(tmp_path / "best.pt", live | {"optimizer": None}, FINITE, lambda: None)
+        writing.submit(tmp_path / "last.pt", live, FINITE, lambda: None)
+        threading.Timer(0.2, may_write.set).start()
+        writing.wait_copied()
+        for tensor in tensors(live).values():
+            tensor.zero_()
+        writing.wait()
+    assert_equal(read(tmp_path / "last.pt"), contents(1, seed=1))
+
+
+def test_a_step_that_comes_again_is_copied_again(tmp_path):
+    with CheckpointWriter(CPU) as writing:
+        writing.submit(tmp_path / "last.pt", contents(1, seed=1), FINITE, lambda: None)
+        writing.forget()
+        writing.submit(tmp_path / "last.pt", contents(1, seed=2), FINITE, lambda: None)
+        writing.wait()
+    assert_equal(read(tmp_path / "last.pt"), contents(1, seed=2))
 
 
 def test_memory_of_the_host_and_of_a_container(tmp_path):

@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = _print_command(interpreter, config)
     if (directory.skip or _is_done(config, directory)) and (launch.run or launch.rehearse):
         print("Nothing to do (--if-exists skip)." if directory.skip else
-              "Nothing to do: every step is done; more --steps would go on.")
+              "Nothing to do: every step is done; more --steps would go on, with --allow-change where the rate depends "
+              "on them.")
         return 0
     if launch.run or launch.rehearse:
         _check_dependencies(interpreter)

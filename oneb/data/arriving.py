@@ -80,11 +80,7 @@ class ArrivingFile:
 
 
 class ArrivingTokens(Tokens):
-    """:class:`Tokens` of files that may not be there yet.
-
-    Attributes:
-        say: told what is being waited for, from whichever thread waits or downloads.
-    """
+    """:class:`Tokens` of files that may not be there yet."""
 
     def __init__(self, shards: Sequence[Shard], fingerprint: str, say: Callable[[str], None]) -> None:
         super().__init__(shards, fingerprint)

@@ -157,6 +157,8 @@ class Download:
             self._arriving = number, first, since, n_bytes
 
         try:
+            for left in self.folder.glob(f".{piece.name}*.tmp*"):  # of a process that was killed
+                left.unlink(missing_ok=True)
             shard = fetch(self.dataset, piece.shard, self._say_if_awaited, progress)
             write_piece(self.folder / piece.name, piece, shard, self.dataset)
         finally:

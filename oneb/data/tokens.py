@@ -52,12 +52,14 @@ class Tokens:
         fingerprint: 16 hex digits that tell data sets apart, whatever the files are called: a hash
             of each file's size, token count, and 64 KiB at its head, middle and tail.
         warnings: what was taken on trust, one sentence each.
+        say: told what is waited for, where data is still arriving; by any thread.
     """
 
     def __init__(self, shards: Sequence[Shard], fingerprint: str, warnings: Sequence[str] = ()) -> None:
         self.files = tuple(shard.name for shard in shards)
         self.fingerprint = fingerprint
         self.warnings = tuple(warnings)
+        self.say: Callable[[str], None] = lambda message: None
         self.encoding = next((s.sidecar.encoding for s in shards if s.sidecar and s.sidecar.encoding), None)
         self._shards = tuple(shard.tokens for shard in shards)
         self._starts = (0, *accumulate(len(shard) for shard in self._shards))

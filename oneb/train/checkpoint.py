@@ -25,8 +25,10 @@ from oneb.errors import OnebError
 from oneb.files import fsync_directory, sha256_file, write_json, write_text
 from oneb.train.contents import check_archive, check_types, refuse_faults, tensor_faults
 from oneb.train.rundir import (
+    LAST,
     CheckpointError,
     checkpoints,
+    is_on_course,
     previous_path,
     read_sidecar,
     sidecar_path,
@@ -136,10 +138,17 @@ def link_checkpoint(source: Path, target: Path) -> None:
 
 
 def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Remove all whole ``step*.pt`` but the newest ``keep``; 0 keeps all."""
+    """Remove all whole ``step*.pt`` but the newest ``keep``; 0 keeps all.
+
+    Those of a course that the run has left are of no use to it, and go first.
+    """
+    last = whole_sidecar(directory / LAST)
+    skips = last["skips"] if last else ()
     steps = [path for path in checkpoints(directory)[0] if path.name.startswith("step")]
-    for path in steps[keep:] if keep > 0 else ():
-        _remove(path)
+    kept = [path for path in steps if is_on_course(read_sidecar(path), skips)][:keep]
+    for path in steps if keep > 0 else ():
+        if path not in kept:
+            _remove(path)
 
 
 def _next_serial(directory: Path) -> int:

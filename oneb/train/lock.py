@@ -151,6 +151,7 @@ class RunLock:
         if self._thread.is_alive():
             return  # the disk does not answer; the lock goes with the process
         os.close(self._wake[0])
+        self._wake = None  # a child that is forked later must not close what has these numbers then
         with contextlib.suppress(OSError):
             if not self._other():
                 os.ftruncate(self._descriptor, 0)

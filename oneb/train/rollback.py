@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from oneb.train.rundir import checkpoints, read_sidecar
+from oneb.train.rundir import checkpoints, is_on_course, read_sidecar
 from oneb.train.watch import Verdict
 
 
@@ -19,12 +18,6 @@ def checkpoints_before(directory: Path, verdict: Verdict, skips: tuple[tuple[int
             has left, and no part of it.
     """
     found = {path: read_sidecar(path) for path in checkpoints(directory)[0]}
-    steps = {path: values["step"] for path, values in found.items() if _is_of(values, skips)}
+    steps = {path: values["step"] for path, values in found.items() if is_on_course(values, skips)}
     fitting = [path for path, step in steps.items() if step <= verdict.shown_step]
     return sorted(fitting, key=lambda path: (steps[path] <= verdict.first_step, steps[path]), reverse=True)
-
-
-def _is_of(sidecar: dict[str, Any], skips: tuple[tuple[int, int], ...]) -> bool:
-    """Whether all that a checkpoint has read was read in a run with these ``skips``, too."""
-    known = sidecar["skips"]
-    return known == skips[:len(known)] and all(sidecar["step"] <= first for first, _ in skips[len(known):])

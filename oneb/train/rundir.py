@@ -196,6 +196,12 @@ def checkpoints(directory: Path) -> tuple[list[Path], list[str]]:
     return [path for _, _, path in found], faults
 
 
+def is_on_course(sidecar: dict[str, Any], skips: tuple[tuple[int, int], ...]) -> bool:
+    """Whether all that a checkpoint has read was read in a run that has passed over ``skips``, too."""
+    known = sidecar["skips"]
+    return known == skips[:len(known)] and all(sidecar["step"] <= first for first, _ in skips[len(known):])
+
+
 def fault(error: CheckpointError) -> str:
     """What is wrong, without the advice behind it."""
     return str(error).split(";")[0]

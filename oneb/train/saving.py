@@ -61,6 +61,7 @@ class Saver:
         self.error: str | None = None
         self._may_help = True  # to try again after that
         self._retry_at = -math.inf
+        self._ends = False  # nothing comes after what is saved now
         self._waited_s = 0.0
 
     # ---- what the loop asks for
@@ -124,6 +125,7 @@ class Saver:
             OnebError: it could not be saved.
         """
         self.flush()
+        self._ends = True
         if keep_last:
             self._keep_last(step)
         for attempt in range(_FINAL_ATTEMPTS):
@@ -152,6 +154,7 @@ class Saver:
         """The run goes on from ``step``, which is saved, and is so again with what is otherwise from now on."""
         self.saved_step = self._file_step = step
         self._submitted_step = -1
+        self._writer.forget()
         self.save(step)
 
     def flush(self) -> None:
@@ -161,9 +164,11 @@ class Saver:
 
     def close(self) -> None:
         """End the threads, the writer's after it has finished."""
-        self._writer.close()
-        if self._mirror:
-            self._mirror.close()
+        try:
+            self._writer.close()
+        finally:
+            if self._mirror:
+                self._mirror.close()
 
     # ---- its parts
 
@@ -217,12 +222,12 @@ class Saver:
         if resumable:
             self.error, self._may_help = written.error, written.may_help
         if written.error:
-            again = ""
+            then = "" if self._ends else ". The run goes on"
             if resumable:
                 self._retry_at, self._submitted_step = time.monotonic() + _RETRY_S, -1
-                again = ", and tries again in a minute"
+                then += "" if self._ends else ", and tries again in a minute"
             self._recorder.warn(written.step, f"{written.path.name} of step {written.step} could not be saved: "
-                                f"{written.error}; {self._kept()}. The run goes on{again}")
+                                f"{written.error}; {self._kept()}{then}")
         elif resumable:
             self.saved_step = written.step
             self._recorder.log({

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -334,7 +335,7 @@ class Trainer(Stepper):
         self.recorder.warn(self.step, f"an error ended the run at step {self.step}; saving {LAST}")
         try:
             self._forget_gradients()
-            self.saver.secure(self.step)
+            self.saver.secure(self.step, keep_last=not self._is_calm())
             self.saver.finish(self.step)
         except Exception as second:  # fallback: the error that ended the run says more than this one
             self.recorder.warn(self.step, f"{LAST} could not be saved either ({type(second).__name__}: {second})")
@@ -364,7 +365,8 @@ class Trainer(Stepper):
                 self.evaluate()
         self.saver.flush()
         if self.step < self.config.train.steps or self.evaluated_at != self.step:
-            text = f"stopped by signal {self.stop.signum} at step {self.step}; {self._how_to_continue()}"
+            name = signal.Signals(self.stop.signum).name
+            text = f"stopped by signal {self.stop.signum} ({name}) at step {self.step}; {self._how_to_continue()}"
             self.event("stopped", text)
         else:
             self.event("finish", f"finished {self.step} steps, {self.tokens:,} tokens")
@@ -376,4 +378,8 @@ class Trainer(Stepper):
             return "without optimizer state (--no-save-optim) it cannot be continued exactly"
         if self.saver.saved_step is None:
             return "nothing to save yet"
-        return f"the same command with --resume --ckpt {self.directory.path / LAST} continues"
+        if self.config.run.if_exists == "resume":
+            return "the same command continues"
+        # Alone it continues the run of this name; another directory must be said.
+        own = self.directory.path.name == self.config.name
+        return f"the same command with --resume{'' if own else f' --ckpt {self.directory.path / LAST}'} continues"

@@ -8,7 +8,6 @@ tensors, and the update waits for that.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import queue
 import threading
@@ -76,6 +75,7 @@ class CheckpointWriter:
         self._results: queue.SimpleQueue[Written | BaseException] = queue.SimpleQueue()
         self._copied: threading.Event | None = None  # of what was submitted last
         self._thread: threading.Thread | None = None  # until there is something to do
+        self._stream: torch.cuda.Stream | None = None
 
     @property
     def busy(self) -> bool:
@@ -101,7 +101,7 @@ class CheckpointWriter:
             ready.record()
         self.wait_copied()
         self._copied = threading.Event()
-        if self._host.step == contents["step"]:
+        if self._host.holds(contents):
             self._copied.set()
         self._put(_Job(path, contents, finite, then, ready, self._copied))
 
@@ -115,6 +115,11 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Wait until all that was submitted is on the disk, or has failed."""
         self._jobs.join()
+
+    def forget(self) -> None:
+        """The run has gone back: a step of this number is another one from now on."""
+        self.wait()
+        self._host.forget()
 
     def results(self) -> Iterator[Written]:
         """What has become of checkpoints since the last call.
@@ -144,6 +149,7 @@ class CheckpointWriter:
 
     def _put(self, job: _Job | Callable[[], None]) -> None:
         if self._thread is None:
+            self._stream = torch.cuda.Stream(self._device.torch) if self._device.is_cuda else None
             self._thread = threading.Thread(target=self._work, name="oneb-checkpoint-writer", daemon=True)
             self._thread.start()
         self._jobs.put(job)
@@ -151,25 +157,19 @@ class CheckpointWriter:
     # ---- in the thread
 
     def _work(self) -> None:
-        with self._own_stream():
-            while (job := self._jobs.get()) is not None:
-                try:
+        while (job := self._jobs.get()) is not None:
+            try:
+                with torch.cuda.stream(self._stream):
                     if isinstance(job, _Job):
                         self._results.put(self._write(job))
                     else:
                         job()
-                except BaseException as error:  # fallback: raised in the loop's thread, by `results`
-                    self._results.put(error)
-                finally:
-                    if isinstance(job, _Job):
-                        job.copied.set()
-                    self._jobs.task_done()
-
-    def _own_stream(self) -> contextlib.AbstractContextManager:
-        if not self._device.is_cuda:
-            return contextlib.nullcontext()
-        torch.cuda.set_device(self._device.torch)
-        return torch.cuda.stream(torch.cuda.Stream())
+            except BaseException as error:  # fallback: raised in the loop's thread, by `results`
+                self._results.put(error)
+            finally:
+                if isinstance(job, _Job):
+                    job.copied.set()
+                self._jobs.task_done()
 
     def _write(self, job: _Job) -> Written:
         began = time.monotonic()
@@ -206,14 +206,23 @@ class _HostCopy:
         self._current: set[str] = set()  # those that hold values of `step`
         self._registered: list[int] = []
 
+    def holds(self, contents: Contents) -> bool:
+        """Whether all of ``contents`` is here: a copy without optimizer state is none of a checkpoint with it."""
+        return self.step == contents["step"] and self._current.issuperset(place for place, _ in tensors_of(contents))
+
     def reserve(self, contents: Contents) -> bool:
         """Take the memory for tensors like those of ``contents``; False where there is not enough."""
         missing = {place: tensor for place, tensor in tensors_of(contents) if not self._fits(place, tensor)}
+        if not missing:
+            return True
         available = available_bytes()
         if available is not None and sum(t.nbytes for t in missing.values()) + _SPARE_BYTES > available:
             return False
-        for place, tensor in missing.items():
-            self._tensors[place] = self._new(tensor)
+        try:
+            for place, tensor in missing.items():
+                self._tensors[place] = self._new(tensor)
+        except OSError:  # fallback: a limit that available_bytes knows nothing of
+            return False
         return True
 
     def copy(self, contents: Contents) -> Contents | None:
@@ -231,10 +240,16 @@ class _HostCopy:
         self.step = contents["step"]
         return _with_tensors(contents, self._tensors)
 
+    def forget(self) -> None:
+        """Nothing that is here is of any step."""
+        self.step = None
+        self._current.clear()
+
     def free(self) -> None:
         """Give the memory back."""
+        self.forget()
         for address in self._registered:
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
+            torch.cuda.cudart().cudaHostUnregister(address)  # where it fails, CUDA has failed before, and was heard
         self._registered.clear()
         self._tensors.clear()
 
