@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from oneb.cli import bench, launch, prepare, report, sample
+from oneb.cli import bench, data, launch, prepare, report, sample
 from oneb.cli.options import config_from_args
 from oneb.config import VARIANTS
 from oneb.planner import make_plan
@@ -69,6 +69,8 @@ def test_the_command_works(command, capsys):
         assert prepare.build_parser().parse_args(words[1:]).output
     elif program == "-m oneb sample":
         assert sample.build_parser().parse_args(words[3:]).ckpt
+    elif program == "-m oneb data":
+        assert data.build_parser().parse_args(words[3:]).path
     elif program == "-m oneb report":
         assert report.build_parser().parse_args(words[3:]).run_dir
     elif program == "-m oneb bench":

@@ -43,9 +43,9 @@ if kind != "works":
             raise OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
     fcntl.flock = flock
 machine = given.pop("machine", None)
-lock = RunLock(Path(sys.argv[1]), machine=machine and Machine(*machine), **given)
 def say(*words):
-    print(*words, flush=True)
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())  # at once: two threads speak
+lock = RunLock(Path(sys.argv[1]), machine=machine and Machine(*machine), say=say, **given)
 began = time.monotonic()
 try:
     lock.acquire()
