@@ -44,7 +44,7 @@ if kind != "works":
     fcntl.flock = flock
 machine = given.pop("machine", None)
 def say(*words):
-    os.write(1, (" ".join(map(str, words)) + "\n").encode())  # at once: two threads speak
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # at once: two threads speak
 lock = RunLock(Path(sys.argv[1]), machine=machine and Machine(*machine), say=say, **given)
 began = time.monotonic()
 try:
