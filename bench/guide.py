@@ -50,6 +50,10 @@ def shortened(words: list[str], data: str, root: Path) -> list[str]:
         words[words.index("--target-tokens") + 1] = str(STEPS * 16 * int(schedule.split("@")[0]))
     else:
         words += ["--steps", str(STEPS)]
+    if "--save-to" in words:
+        place = root / "copies"
+        place.mkdir(parents=True)
+        words[words.index("--save-to") + 1] = str(place)
     if "--wandb" in words:
         words += ["--wandb-mode", "offline"]
     return [*words, "--run-root", str(root), "--log-every", "5"]
