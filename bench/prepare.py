@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import platform
 import random
@@ -28,8 +27,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from runs import REPOSITORY, save
 
 LOOP = """
 import sys
@@ -162,8 +160,7 @@ def main() -> int:
             make_texts(arguments.books, made, arguments.megabytes)
             rows += compare(f"{arguments.megabytes} MB of them", made, work, arguments.workers, arguments.rounds)
     if arguments.out:
-        about = {"cores": os.cpu_count(), "load": os.getloadavg(), "rows": rows}
-        arguments.out.write_text(json.dumps(about, indent=2) + "\n")
+        save(arguments.out, rows, cores=os.cpu_count(), load=os.getloadavg()[0], python=platform.python_version())
     return 0
 
 

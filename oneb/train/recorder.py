@@ -16,9 +16,9 @@ from oneb.schedules import tokens_before
 from oneb.train.display import make_display
 from oneb.train.rundir import RunDirectory, read_sidecar
 from oneb.train.screen import Display
-from oneb.train.sinks import JsonlSink, Sink
-from oneb.train.tensorboard_sink import TensorBoardSink, check_tensorboard
-from oneb.train.wandb_sink import WandbSink, check_wandb
+from oneb.train.sinks import JsonlSink, Sink, check_installed
+from oneb.train.tensorboard_sink import TensorBoardSink
+from oneb.train.wandb_sink import WandbSink
 
 
 def check_sinks(config: Config) -> None:
@@ -28,9 +28,9 @@ def check_sinks(config: Config) -> None:
         OnebError: a package that an option needs is not installed.
     """
     if config.log.wandb:
-        check_wandb()
+        check_installed("--wandb", "wandb", "the W&B client")
     if config.log.tensorboard:
-        check_tensorboard()
+        check_installed("--tensorboard", "tensorboard", "TensorBoard")
 
 
 class Recorder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -36,6 +37,17 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Write out what is held back. Nothing is logged afterwards."""
+
+
+def check_installed(option: str, package: str, name: str) -> None:
+    """Refuse an ``option`` whose ``package``, which people call ``name``, this machine does not have.
+
+    Raises:
+        OnebError: it is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise OnebError(f"{option} needs {name}, which is not installed; `python3 -m pip install {package}`, or leave "
+                        f"out {option}")
 
 
 def finite(value: Any) -> Any:

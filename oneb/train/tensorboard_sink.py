@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 import os
@@ -12,21 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from oneb.errors import OnebError
-from oneb.train.sinks import CHARTED, RecordFile, chart_values
+from oneb.train.sinks import CHARTED, RecordFile, chart_values, check_installed
 
 FOLDER = "tensorboard"
 _PREFIX = "events.out.tfevents."
-
-
-def check_tensorboard() -> None:
-    """Refuse a machine without TensorBoard.
-
-    Raises:
-        OnebError: it is not installed.
-    """
-    if importlib.util.find_spec("tensorboard") is None:
-        raise OnebError("--tensorboard needs TensorBoard, which is not installed; `python3 -m pip install "
-                        "tensorboard`, or leave out --tensorboard")
 
 
 class TensorBoardSink:
@@ -46,7 +34,7 @@ class TensorBoardSink:
     """
 
     def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
-        check_tensorboard()
+        check_installed("--tensorboard", "tensorboard", "TensorBoard")
         self.warnings: list[str] = []
         folder = run_dir / FOLDER
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import secrets
 import threading
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 from oneb.config import Config
 from oneb.errors import OnebError
 from oneb.files import write_text
-from oneb.train.sinks import CHARTED, chart_values
+from oneb.train.sinks import CHARTED, chart_values, check_installed
 
 _ID_FILE = "wandb_id.txt"
 # A machine without network must start training soon, and one that is about to be taken away must end soon.
@@ -22,17 +21,6 @@ _FINISH_TIMEOUT_S = 15.0
 # The client ends its own waits after so long; beyond that and this, it is stuck, and is left behind.
 _STUCK_S = 15.0
 _TEARDOWN_S = 5.0
-
-
-def check_wandb() -> None:
-    """Refuse a machine without the client.
-
-    Raises:
-        OnebError: it is not installed.
-    """
-    if importlib.util.find_spec("wandb") is None:
-        raise OnebError("--wandb needs the W&B client, which is not installed; `python3 -m pip install wandb`, "
-                        "or leave out --wandb")
 
 
 class WandbSink:
@@ -56,7 +44,7 @@ class WandbSink:
     """
 
     def __init__(self, config: Config, run_dir: Path, newest_step: int = -1) -> None:
-        check_wandb()
+        check_installed("--wandb", "wandb", "the W&B client")
         self.warnings: list[str] = []
         self._run_dir = run_dir
         self._works = True
