@@ -210,6 +210,15 @@ def test_a_step_that_comes_again_is_copied_again(tmp_path):
     assert_equal(read(tmp_path / "last.pt"), contents(1, seed=2))
 
 
+def test_after_the_end_there_is_nothing_to_wait_for(tmp_path):
+    writing = CheckpointWriter(CPU)
+    writing.submit(tmp_path / "last.pt", contents(1), FINITE, lambda: None)
+    writing.close()
+    assert not writing.busy
+    writing.wait()
+    assert read_sidecar(tmp_path / "last.pt")["step"] == 1
+
+
 def test_memory_of_the_host_and_of_a_container(tmp_path):
     meminfo, group = tmp_path / "meminfo", tmp_path / "cgroup"
     group.mkdir()

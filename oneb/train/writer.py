@@ -170,6 +170,7 @@ class CheckpointWriter:
                 if isinstance(job, _Job):
                     job.copied.set()
                 self._jobs.task_done()
+        self._jobs.task_done()  # of the end, too: who waits after it must not wait for ever
 
     def _write(self, job: _Job) -> Written:
         began = time.monotonic()
