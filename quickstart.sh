@@ -61,8 +61,7 @@ show_next() {
                  $SHOWN_PYTHON -m oneb sample --ckpt $1/last.pt --prompt "$PROMPT"
 
 == The real run, on a machine with a CUDA GPU (it fits itself to 8 GB and more; docs/LAUNCH_1B.md):
-  $SHOWN_PYTHON prepare_fineweb.py --tokens 1B --output fineweb_1b.npy
-  $SHOWN_PYTHON run_1b_launch.py --device cuda --data fineweb_1b.npy --run
+  $SHOWN_PYTHON run_1b_launch.py --device cuda --data fineweb-edu:1B --run
 END
 }
 
