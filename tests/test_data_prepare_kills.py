@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -27,12 +26,10 @@ from data_helpers import books_parquet
 
 from oneb.cli.prepare import main
 from oneb.data import units
-from oneb.data.parts import Job
+from oneb.data.assemble import Commits
 from oneb.data.prepare import prepare
 from oneb.data.sources import local_inputs
 from oneb.data.tokenizer import BytesTokenizer, load_tokenizer
-from oneb.data.units import Unit
-from oneb.data.workers import Pool
 from oneb.errors import OnebError
 
 ROOT = Path(__file__).parents[1]
@@ -86,19 +83,28 @@ def is_done(folder: Path) -> bool:
 
 
 def killed_at(operation: int, inputs: Path, folder: Path) -> bool:
-    """Run in a process that is killed before its ``operation``-th file operation; whether it got that far."""
+    """Run in a process that is killed before its ``operation``-th file operation, or in the middle of it if that
+    writes tokens; whether it got that far.
+    """
     child = os.fork()
     if child == 0:
-        left = operation
+        left, pwrite = operation, os.pwrite
 
         def count(event: str, arguments: tuple) -> None:
             nonlocal left
-            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(folder) in str(arguments):
+            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate",
+                         "pwrite") and (str(folder) in str(arguments) or event in ("os.truncate", "pwrite")):
                 left -= 1
                 if left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
 
+        def write(descriptor: int, data: bytes, position: int) -> int:
+            written = pwrite(descriptor, data[:len(data) // 2], position)
+            count("pwrite", ())
+            return written + pwrite(descriptor, data[len(data) // 2:], position + written)
+
         sys.addaudithook(count)
+        os.pwrite = write
         try:
             if not is_done(folder):
                 small_run(inputs, folder)
@@ -120,7 +126,7 @@ def in_memory() -> Iterator[Path]:
 
 def test_killed_at_every_file_operation(small, in_memory, monkeypatch):
     monkeypatch.setattr(units, "UNIT_BYTES", 1200)
-    monkeypatch.setattr("oneb.data.assemble._COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(Commits, "offer", lambda self: (self.begin(), self.wait()))  # always at the same operations
     whole = in_memory / "whole"
     whole.mkdir()
     small_run(small, whole)
@@ -186,26 +192,23 @@ def test_changed_options_or_input_start_over_and_say_so(small, tmp_path, monkeyp
     assert len(np.load(tmp_path / "x.npy")) == n_tokens
 
 
-def test_torn_parts_and_files_are_not_trusted(small, tmp_path, monkeypatch):
-    """What a power cut may leave: parts and tokens of the right length and the wrong bytes, or too short ones."""
+def test_what_was_not_committed_is_not_trusted(small, tmp_path, monkeypatch):
+    """What a power cut may leave: wrong bytes behind the committed ones, or a file that is too short."""
     monkeypatch.setattr(units, "UNIT_BYTES", 700)
     (tmp_path / "whole").mkdir()
     prepare(local_inputs([str(small)]), BytesTokenizer(), tmp_path / "whole" / "x.npy", source="test")
-    # A unit in the middle waits, so those behind it lie as parts.
     stop_early(small, tmp_path / "x.npy", n_workers=2)
-    parts = tmp_path / "x.npy.parts"
-    for path in parts.glob("*.part"):
-        content = path.read_bytes()
-        path.write_bytes(content[:-3] + b"\0\0\0")
-    with open(parts / "tokens", "ab") as file:
-        file.write(b"\1" * 100)  # appended, not committed
+    for name in ("tokens", "ends"):
+        with open(tmp_path / "x.npy.parts" / name, "ab") as file:
+            file.write(b"\1" * 100)
     prepare(local_inputs([str(small)]), BytesTokenizer(), tmp_path / "x.npy", source="test")
     assert results(tmp_path) == results(tmp_path / "whole")
-    (tmp_path / "x.npy").unlink()
-    stop_early(small, tmp_path / "x.npy")
-    os.truncate(parts / "tokens", 300)  # less than was committed
-    prepare(local_inputs([str(small)]), BytesTokenizer(), tmp_path / "x.npy", source="test")
-    assert results(tmp_path) == results(tmp_path / "whole")
+    for name, size in (("tokens", 300), ("ends", 16)):
+        (tmp_path / "x.npy").unlink()
+        stop_early(small, tmp_path / "x.npy")
+        os.truncate(tmp_path / "x.npy.parts" / name, size)  # less than was committed
+        prepare(local_inputs([str(small)]), BytesTokenizer(), tmp_path / "x.npy", source="test")
+        assert results(tmp_path) == results(tmp_path / "whole")
 
 
 def test_two_processes_do_not_write_the_same_file(small, tmp_path):
@@ -306,36 +309,11 @@ def test_workers_end_with_their_parent_and_are_replaced_by_it(undisturbed, books
     assert results(tmp_path) == undisturbed
 
 
-def test_a_unit_that_kills_its_worker_twice_is_an_error(tmp_path):
-    os.mkfifo(tmp_path / "ranks")  # nobody writes to it: a worker waits there until it is killed
-    job = Job("key", tmp_path, "gpt2", tmp_path / "ranks", 50256, 50257, "uint16", "text", 1)
-    pool = Pool(job, 1)
-    try:
-        pool.submit(Unit(0, 0, Path("giant.jsonl"), "jsonl", 0, 1, 1.0, True))
-        killers = threading.Thread(target=kill_children, args=(2,))
-        killers.start()
-        with pytest.raises(OnebError, match="ended by signal 9 while it read giant.jsonl.*fewer --workers"):
-            list(iter(lambda: pool.results(0.1), "never"))
-        killers.join()
-    finally:
-        pool.close()
-
-
 def is_worker(process: psutil.Process) -> bool:
     """Alive, and not multiprocessing's own helper."""
     with contextlib.suppress(psutil.NoSuchProcess):  # also of zombies
         return "spawn_main" in " ".join(process.cmdline())
     return False
-
-
-def kill_children(count: int) -> None:
-    killed: set[int] = set()
-    while len(killed) < count:
-        for child in psutil.Process().children():
-            if child.pid not in killed and is_worker(child):
-                child.kill()
-                killed.add(child.pid)
-        time.sleep(0.05)
 
 
 def test_ctrl_c_says_that_the_same_command_continues(undisturbed, books, tmp_path):

@@ -6,19 +6,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from oneb.data.journal import Journal
-from oneb.data.parts import Job, part_path, read_part
+from oneb.data.parts import Counts, Job, Place, Placed
 from oneb.data.sources import InputFile
 from oneb.data.units import Unit, plan_units
-from oneb.data.workers import Hash, InProcess, Pool
+from oneb.data.workers import Answer, Hash, InProcess, Pool, Task
 
-_COMMIT_SECONDS = 3.0
+_COMMIT_SECONDS = 1.0  # between commits: what a kill may cost, about
 _WAIT_SECONDS = 0.5
 _GLANCE_SECONDS = 0.05  # enough to open a file that is here
 _HASHED_WHOLE = 2**30  # a file of which only a part was used is hashed up to this size
@@ -82,6 +83,65 @@ class Arrivals:
         self._stopped = True
 
 
+@dataclass
+class _OnTheWay:
+    """A unit that workers were given, and what is known of it."""
+
+    unit: Unit
+    counts: Counts | None = None
+    place: Place | None = None
+    placed: Placed | None = None
+
+
+class Commits:
+    """The journal's commits, in a thread: a disk takes its time, and the workers want tasks.
+
+    Args:
+        seconds: between them, at least.
+    """
+
+    def __init__(self, journal: Journal, seconds: float) -> None:
+        self._journal, self._seconds = journal, seconds
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+        self._began = time.monotonic()
+        self._used: list[Path] = []  # files that are not needed after the next one
+
+    def use(self, *paths: Path) -> None:
+        """Remove these once what was made of them is safe."""
+        self._used += paths
+
+    def offer(self) -> None:
+        """A moment at which one may begin."""
+        if time.monotonic() - self._began >= self._seconds and (self._last is None or self._last.done()):
+            self.begin()
+
+    def begin(self) -> None:
+        """Begin one now, as soon as the last is done."""
+        self.wait()
+        self._began = time.monotonic()
+        self._last = self._thread.submit(self._commit, self._journal.snapshot(), self._used)
+        self._used = []
+
+    def _commit(self, snapshot: dict[str, Any], used: list[Path]) -> None:
+        self._journal.commit(snapshot)
+        for path in used:
+            path.unlink(missing_ok=True)
+
+    def wait(self) -> None:
+        """Until the last one is done.
+
+        Raises:
+            OSError: it failed.
+        """
+        if self._last is not None:
+            self._last.result()
+
+    def close(self) -> None:
+        """As ``wait``, without a word on how it went."""
+        self._thread.shutdown()
+
+
 class Work:
     """From the journal's state to all the tokens that are wanted."""
 
@@ -89,15 +149,14 @@ class Work:
                  progress: Callable[[Progress], None]) -> None:
         self.files, self.job, self.journal, self.n_tokens, self.progress = files, job, journal, n_tokens, progress
         self.arrivals = Arrivals(files)
+        self.commits = Commits(journal, _COMMIT_SECONDS)
         self.sizes = (0, *accumulate(file.size for file in files))
         self.pool = Pool(job, n_workers) if n_workers > 1 else InProcess(job)
         self.window = 3 * n_workers + 2  # units on the way: what one slow unit may keep others waiting for
-        self.order: deque[Unit] = deque()  # dispatched, not yet appended
-        self.ready: set[tuple[int, int]] = set()
-        self.used: list[Path] = []  # appended, not yet committed
+        self.order: deque[_OnTheWay] = deque()
+        self.next_token, self.next_document = journal.state.tokens, journal.state.documents  # to be placed
         self.share = 0.0  # of the current file that is appended
         self.appended, self.appended_tokens = 0, 0  # here, without what an earlier process did
-        self.committed = time.monotonic()
 
     def run(self) -> None:
         """Append until full or at the input's end, then hash what was read."""
@@ -108,24 +167,23 @@ class Work:
                 more = more and self._dispatch(units)
                 if not self.order and not more:
                     break
-                head_is_ready = bool(self.order) and self._name(self.order[0]) in self.ready
-                for task, _ in self.pool.results(0 if head_is_ready or not self.order else _WAIT_SECONDS):
-                    assert isinstance(task, Unit)
-                    self.ready.add(self._name(task))
+                for task, answer in self.pool.results(_WAIT_SECONDS if self.order else 0):
+                    self._note(task, answer)
+                self._place()
                 self._append()
                 self._report()
-            self._commit()
+            if self.journal.state.tokens:
+                self.journal.complete()
+            self.commits.begin()
             self._hash()
+            self.commits.wait()
         finally:
             self.arrivals.stop()
             self.pool.close()
+            self.commits.close()
 
     def _is_full(self) -> bool:
         return self.n_tokens is not None and self.journal.state.tokens >= self.n_tokens
-
-    @staticmethod
-    def _name(unit: Unit) -> tuple[int, int]:
-        return unit.file, unit.index
 
     # -- Units -----------------------------------------------------------------------------------
 
@@ -153,7 +211,7 @@ class Work:
         return self.job.encoding in ("gpt2", "bytes")
 
     def _spool(self, file: int, index: int) -> Path:
-        return self.job.folder / f"{self.job.key}-{file:06d}-{index:06d}.lines"
+        return self.job.folder / f"{file:06d}-{index:06d}.lines"
 
     def _dispatch(self, units: Iterator[Unit | None]) -> bool:
         """Give the workers what they can take; False at the input's end."""
@@ -164,11 +222,8 @@ class Work:
                 return False
             if unit is None:
                 break
-            self.order.append(unit)
-            if part_path(self.job, unit.file, unit.index).exists():
-                self.ready.add(self._name(unit))
-            else:
-                self.pool.submit(unit)
+            self.order.append(_OnTheWay(unit))
+            self.pool.submit(unit)
             if self._next_is_needed(unit.file):
                 self.arrivals.expect(unit.file + 1)
         return True
@@ -195,38 +250,43 @@ class Work:
         before = sum(done.tokens for done in self.journal.state.files[:file])
         return before + self.journal.source(file).tokens / self.share < 1.1 * self.n_tokens
 
-    # -- Parts -----------------------------------------------------------------------------------
+    # -- Tokens ----------------------------------------------------------------------------------
+
+    def _note(self, task: Task, answer: Answer) -> None:
+        unit = task.unit if isinstance(task, Place) else task
+        for entry in self.order:
+            if entry.unit == unit and isinstance(answer, Placed):
+                entry.placed = answer
+            elif entry.unit == unit and isinstance(answer, Counts):
+                entry.counts = answer
+
+    def _place(self) -> None:
+        """Say where tokens go as soon as it is known how many there are before them."""
+        for entry in self.order:
+            counts = entry.counts
+            room = None if self.n_tokens is None else self.n_tokens - self.next_token
+            if counts is None or room == 0:
+                break
+            if entry.place is None:
+                room = counts.tokens if room is None else min(room, counts.tokens)
+                entry.place = Place(entry.unit, self.next_token, self.next_document, room)
+                self.next_token += room
+                self.next_document += counts.documents
+                self.pool.submit(entry.place)
 
     def _append(self) -> None:
-        state = self.journal.state
-        while self.order and self._name(self.order[0]) in self.ready and not self._is_full():
-            unit = self.order[0]
-            path = part_path(self.job, unit.file, unit.index)
-            part = read_part(path)
-            if part is None:  # torn by a power cut
-                path.unlink(missing_ok=True)
-                self.ready.discard(self._name(unit))
-                self.pool.submit(unit)
-                return
-            self.order.popleft()
-            self.ready.discard(self._name(unit))
-            room = None if self.n_tokens is None else self.n_tokens - state.tokens
-            self.journal.append(part, unit.file, unit.index, last=unit.last, room=room)
+        while self.order and self.order[0].placed is not None:
+            entry = self.order.popleft()
+            unit, counts, placed = entry.unit, entry.counts, entry.placed
+            assert counts is not None
+            assert placed is not None
+            self.journal.append(counts, placed, unit.file, unit.index, last=unit.last)
             self.appended += 1
-            self.appended_tokens += len(part.ids)
+            self.appended_tokens += counts.tokens
             self.share = 0.0 if unit.last else self.share + unit.share
-            self.used.append(path)
             if unit.path.parent == self.job.folder:
-                self.used += [unit.path, unit.path.with_suffix(".damage")]
-            if time.monotonic() - self.committed > _COMMIT_SECONDS:
-                self._commit()
-
-    def _commit(self) -> None:
-        self.journal.commit()
-        for path in self.used:
-            path.unlink(missing_ok=True)
-        self.used.clear()
-        self.committed = time.monotonic()
+                self.commits.use(unit.path, unit.path.with_suffix(".damage"))
+            self.commits.offer()
 
     def _hash(self) -> None:
         """The SHA-256 of each file that gave something."""

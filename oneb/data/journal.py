@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from oneb.data.parts import Part
+from oneb.data.growing import GrowingHash
+from oneb.data.parts import ENDS, HEADER_BYTES, TOKENS, Counts, Placed
 from oneb.data.sidecar import Sidecar, sidecar_path, write_sidecar
 from oneb.data.sources import Skipped
 from oneb.errors import OnebError
 from oneb.files import fsync_directory, write_json
 
-_HEADER_BYTES = 128
 _KEY, _STATE, _FINAL, _LOCK = "key.json", "state.json", "final.json", "lock"
-_TOKENS, _ENDS, _OFFSETS, _SOURCES = "tokens", "ends", "offsets", "sources"
-_SIDECAR = sidecar_path(Path(_TOKENS)).name
+_OFFSETS, _SOURCES = "offsets", "sources"
+_SIDECAR = sidecar_path(Path(TOKENS)).name
+_TAKE_OVER_SECONDS = 10.0  # for the workers of a killed process to end; they do at once
 
 
 @dataclass
@@ -81,30 +82,40 @@ class Journal:
 
     def __init__(self, output: Path, dtype: np.dtype, key: dict[str, Any], say: Callable[[str], None]) -> None:
         self.output, self.folder, self.dtype, self._key, self._say = output, parts_folder(output), dtype, key, say
-        self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
         self.state = State()
         self.folder.mkdir(exist_ok=True)
         self._lock: int | None = _lock(self.folder, output)
         self._files: list[Any] = []
+        self._hash: GrowingHash | None = None
 
-    def begin(self) -> None:
-        """Open what was done before, or begin."""
+    def begin(self, n_tokens: int | None) -> None:
+        """Open what was done before, or begin.
+
+        Args:
+            n_tokens: that the finished file will hold, where that is known.
+
+        Raises:
+            OnebError: a worker of a process that was killed still holds the file.
+        """
         old = _read_json(self.folder / _KEY)
         if old is not None and old != self._key:
             self._say(f"{self.folder} holds unfinished work of other options or input "
                       f"({_changes(old, self._key)}): starting over")
         if old != self._key or not self._load():
             self._clear()
-            for name in (_TOKENS, _ENDS):
+            for name in (TOKENS, ENDS):
                 (self.folder / name).write_bytes(b"")
             self.state = State()
-            self._write_state()
+            self._write_state(asdict(self.state))
             write_json(self.folder / _KEY, self._key)
-        self._tokens, self._ends = (open(self.folder / name, "r+b") for name in (_TOKENS, _ENDS))  # noqa: SIM115
-        self._files = [self._tokens, self._ends]
-        for file, size in zip(self._files, (self._tokens_bytes(), 8 * self.state.documents), strict=True):
-            file.truncate(size)
-            file.seek(size)
+        self._tokens, self._ends = self._files = [
+            open(self.folder / name, "r+b", buffering=0) for name in (TOKENS, ENDS)]  # noqa: SIM115
+        with _taken_over(self._tokens.fileno(), self.output):
+            for file, size in zip(self._files, (self._tokens_bytes(), 8 * self.state.documents), strict=True):
+                file.truncate(size)
+        if n_tokens is not None:
+            self._hash = GrowingHash(self.folder / TOKENS, npy_header(self.dtype, n_tokens))
+            self._hash.extend(self._tokens_bytes())
         if self.state.tokens:
             self._say(f"continuing after {self.state.tokens} tokens")
 
@@ -115,12 +126,12 @@ class Journal:
             return False
         files = [FileState(**entry) for entry in saved.pop("files")]
         self.state = State(**{**saved, "skipped": Skipped(**saved["skipped"]), "files": files})
-        wanted = {_TOKENS: self._tokens_bytes(), _ENDS: 8 * self.state.documents}
+        wanted = {TOKENS: self._tokens_bytes(), ENDS: 8 * self.state.documents}
         return all((self.folder / name).is_file() and (self.folder / name).stat().st_size >= size
                    for name, size in wanted.items())
 
     def _tokens_bytes(self) -> int:
-        return _HEADER_BYTES + self.state.tokens * self.dtype.itemsize
+        return HEADER_BYTES + self.state.tokens * self.dtype.itemsize
 
     def _clear(self) -> None:
         (self.folder / _KEY).unlink(missing_ok=True)  # first: without it, the rest counts for nothing
@@ -128,25 +139,21 @@ class Journal:
             if path.name != _LOCK:
                 path.unlink()
 
-    def append(self, part: Part, file: int, unit: int, *, last: bool, room: int | None) -> None:
-        """Add the tokens of a unit, of which ``room`` are wanted. Durable after the next ``commit``."""
+    def append(self, counts: Counts, placed: Placed, file: int, unit: int, *, last: bool) -> None:
+        """The tokens of the next unit are in the file. Durable after the next ``commit``."""
         state = self.state
-        ids, ends, max_id = part.ids, part.ends, part.max_id
-        if room is not None and room < len(ids):
-            ids = ids[:room]
-            ends, max_id = ends[ends <= room], int(ids.max()) if room else -1
-        self._tokens.write(ids.tobytes())
-        self._ends.write((ends + state.tokens).tobytes())
-        self.source(file).tokens += len(ids)
-        self.source(file).documents += len(ends)
-        state.tokens += len(ids)
-        state.documents += len(ends)
-        if len(ids):
-            state.ended = bool(len(ends)) and int(ends[-1]) == len(ids)
-        state.text_bytes += part.text_bytes
-        state.max_id = max(state.max_id, max_id)
-        state.skipped.add(part.skipped)
+        self.source(file).tokens += placed.tokens
+        self.source(file).documents += placed.documents
+        state.tokens += placed.tokens
+        state.documents += placed.documents
+        if placed.tokens:
+            state.ended = placed.ended
+        state.text_bytes += counts.text_bytes
+        state.max_id = max(state.max_id, placed.max_id)
+        state.skipped.add(counts.skipped)
         state.file, state.unit = (file + 1, 0) if last else (file, unit + 1)
+        if self._hash is not None:
+            self._hash.extend(self._tokens_bytes())
 
     def source(self, file: int) -> FileState:
         """What file number ``file`` gave so far."""
@@ -154,34 +161,43 @@ class Journal:
             self.state.files.append(FileState())
         return self.state.files[file]
 
-    def commit(self) -> None:
-        """Make what was appended survive a kill, and a power cut."""
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
-        self._write_state()
+    def snapshot(self) -> dict[str, Any]:
+        """What is in the files now, for ``commit``."""
+        return asdict(self.state)
 
-    def _write_state(self) -> None:
-        write_json(self.folder / _STATE, asdict(self.state))
+    def commit(self, snapshot: dict[str, Any]) -> None:
+        """Make what there was then survive a kill, and a power cut. Safe in a thread beside ``append``."""
+        for file in self._files:
+            os.fsync(file.fileno())
+        self._write_state(snapshot)
+
+    def _write_state(self, snapshot: dict[str, Any]) -> None:
+        write_json(self.folder / _STATE, snapshot)
 
     # -- The end ---------------------------------------------------------------------------------
 
-    def finish(self, sidecar: Callable[[Path], Sidecar], sources: list[dict[str, Any]]) -> Sidecar:
-        """Make ``X.npy`` and what lies beside it appear.
+    def complete(self) -> None:
+        """No more tokens come: the header can be written, and what is not hashed yet is from here on."""
+        header = npy_header(self.dtype, self.state.tokens)
+        os.pwrite(self._tokens.fileno(), header, 0)
+        if self._hash is None or self._hash.header != header:  # fewer than were asked for
+            self._stop_hash()
+            self._hash = GrowingHash(self.folder / TOKENS, header)
+        self._hash.extend(self._tokens_bytes(), whole=True)
+
+    def finish(self, sidecar: Callable[[str], Sidecar], sources: list[dict[str, Any]]) -> Sidecar:
+        """Make ``X.npy`` and what lies beside it appear, after ``complete`` and ``commit``.
 
         Args:
-            sidecar: what to say of the whole file that it is given.
+            sidecar: what to say of the file of that SHA-256.
             sources: for ``X.npy.sources.json``.
         """
-        self.commit()
-        self._tokens.seek(0)
-        self._tokens.write(npy_header(self.dtype, self.state.tokens))
-        self.commit()
+        assert self._hash is not None
         self.close_files()
-        _write_offsets(self.folder / _ENDS, self.folder / _OFFSETS, self.state.tokens)
+        _write_offsets(self.folder / ENDS, self.folder / _OFFSETS, self.state.tokens)
         write_json(self.folder / _SOURCES, sources)
-        made = sidecar(self.folder / _TOKENS)
-        write_sidecar(self.folder / _TOKENS, made)
+        made = sidecar(self._hash.hexdigest())
+        write_sidecar(self.folder / TOKENS, made)
         write_json(self.folder / _FINAL, {"key": self._key, "sidecar": asdict(made)})
         self.publish()
         return made
@@ -194,11 +210,11 @@ class Journal:
     def publish(self) -> None:
         """Move the whole files to their names. Repeating it after a kill at any point does the same."""
         if (self.folder / _FINAL).exists():
-            if (self.folder / _TOKENS).exists():
+            if (self.folder / TOKENS).exists():
                 # What is beside an old file goes first: beside the new one, should we be killed here, it would lie.
                 for path in (sidecar_path(self.output), index_path(self.output), sources_path(self.output)):
                     path.unlink(missing_ok=True)
-            for name, target in ((_TOKENS, self.output), (_OFFSETS, index_path(self.output)),
+            for name, target in ((TOKENS, self.output), (_OFFSETS, index_path(self.output)),
                                  (_SOURCES, sources_path(self.output)), (_SIDECAR, sidecar_path(self.output))):
                 if (self.folder / name).exists():
                     os.replace(self.folder / name, target)
@@ -210,7 +226,7 @@ class Journal:
         last = [_LOCK, _FINAL]
         for name in [path.name for path in self.folder.iterdir() if path.name not in last] + last:
             (self.folder / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # a worker of a process that was killed may still write its last part
+        with contextlib.suppress(OSError):  # on network disks, a removed file that somebody has open is still there
             self.folder.rmdir()
 
     def give_up(self) -> None:
@@ -221,21 +237,49 @@ class Journal:
             self._remove()
             return
         with contextlib.suppress(OSError):  # a full disk: what was committed before counts
-            self.commit()
+            self.commit(self.snapshot())
 
     def close_files(self) -> None:
         """Close what is open; the work stays."""
         for file in self._files:
-            with contextlib.suppress(OSError):  # a full disk; what counts was flushed by ``commit``
+            with contextlib.suppress(OSError):  # a full network disk; what counts was made durable by ``commit``
                 file.close()
         self._files = []
 
+    def _stop_hash(self) -> None:
+        if self._hash is not None:
+            self._hash.stop()
+            self._hash = None
+
     def close(self) -> None:
         """Let others work on the same output."""
+        self._stop_hash()
         self.close_files()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+@contextlib.contextmanager
+def _taken_over(tokens: int, output: Path) -> Iterator[None]:
+    """While the file of this descriptor is no worker's. Those of a process that was killed may not have ended yet."""
+    until = time.monotonic() + _TAKE_OVER_SECONDS
+    while True:
+        try:
+            fcntl.flock(tokens, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise OnebError(f"worker processes of an earlier command still write {output}, though that command "
+                                "has ended; end them (ps shows them under its name), and run this again") from None
+            time.sleep(0.02)
+        except OSError:
+            break  # a network disk without locks: then nobody can tell
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(tokens, fcntl.LOCK_UN)
 
 
 def _lock(folder: Path, output: Path) -> int:
@@ -280,5 +324,5 @@ def npy_header(dtype: np.dtype, n_tokens: int) -> bytes:
     """A .npy version 1.0 header for a 1-D array: 128 bytes for any count, so it can be filled in later."""
     text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({n_tokens},), }}"
     prefix = b"\x93NUMPY\x01\x00"
-    n_text = _HEADER_BYTES - len(prefix) - 2
+    n_text = HEADER_BYTES - len(prefix) - 2
     return prefix + struct.pack("<H", n_text) + text.ljust(n_text - 1).encode("ascii") + b"\n"

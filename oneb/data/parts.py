@@ -1,11 +1,12 @@
-"""The tokens of one unit as a small file: written by whichever process encoded it, appended by the one that waits."""
+"""The tokens of one unit: encoded by whichever process takes it, and written once, to where they belong."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import fcntl
 import os
-import zlib
-from dataclasses import asdict, dataclass
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,10 @@ from oneb.data.sources import Skipped
 from oneb.data.units import Unit, documents, shard_tokens
 from oneb.errors import OnebError
 
-_HEADER_BYTES = 2**20  # longer than any first line
+TOKENS, ENDS = "tokens", "ends"  # the files in a job's folder: a .npy in the making, and int64 offsets in it
+HEADER_BYTES = 128  # of the .npy
+_CHUNK_IDS = 2**16  # ids of short documents that are handled at once: they stay in the processor's cache
+_FIRST_IDS = 2**22  # more than most units have; memory that is not written to is not taken
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,7 @@ class Job:
     """What a worker must know to encode units.
 
     Attributes:
-        key: identifies options and input; parts of another key are not read.
-        folder: where parts go.
+        folder: holds the files that tokens and documents' ends are written to.
         encoding: the tokenizer's name.
         ranks: GPT-2's vocabulary for gigatoken, None to go without it.
         eot, vocab_size, dtype: of the ids.
@@ -32,7 +35,6 @@ class Job:
         n_files: of the whole input.
     """
 
-    key: str
     folder: Path
     encoding: str
     ranks: Path | None
@@ -44,64 +46,145 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What a unit holds.
+
+    Attributes:
+        documents: that end in it.
+        text_bytes: read, as UTF-8; 0 for ready tokens.
+    """
+
+    tokens: int
+    documents: int
+    text_bytes: int
+    skipped: Skipped
+
+
+@dataclass(frozen=True)
 class Part:
     """The tokens of a unit.
 
     Attributes:
         ids: (n,) of the output's dtype, the end-of-text id after each document.
         ends: (documents that end here,) int64, offsets in ``ids`` just behind each document's end.
-        max_id: -1 if there are no ids.
-        text_bytes: read, as UTF-8; 0 for ready tokens.
     """
 
     ids: np.ndarray
     ends: np.ndarray
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a unit's tokens go: behind so many tokens, and documents' ends, those beyond ``room`` tokens nowhere."""
+
+    unit: Unit
+    tokens: int
+    documents: int
+    room: int
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What was written of a unit.
+
+    Attributes:
+        max_id: -1 if there are no ids.
+        ended: the last token ends a document.
+    """
+
+    tokens: int
+    documents: int
     max_id: int
-    text_bytes: int
-    skipped: Skipped
+    ended: bool
 
 
-def part_path(job: Job, file: int, index: int) -> Path:
-    """Where the part of a unit lies."""
-    return job.folder / f"{job.key}-{file:06d}-{index:06d}.part"
-
-
-def encode_unit(unit: Unit, job: Job, encoder: Encoder) -> Part:
-    """Read and encode a unit.
+def encode_unit(unit: Unit, job: Job, encoder: Encoder | None) -> Part:
+    """Read and encode a unit. ``encoder`` may be missing for ready tokens.
 
     Raises:
         OnebError: what ``documents`` raises; or an id that does not fit the vocabulary.
     """
     skipped = Skipped()
+    text_bytes = 0
     if unit.kind == "tokens":
         ids = _shifted(shard_tokens(unit), unit, job)
-        ends, text_bytes = np.flatnonzero(ids == job.eot) + 1, 0
+        check_ids(unit, job, int(ids.max()) if len(ids) else -1)
+        ends = np.flatnonzero(ids == job.eot) + 1
+        ids = ids.astype(job.dtype, copy=False)
     else:
+        assert encoder is not None
         ids, ends, text_bytes = _encode_text(unit, job, encoder, skipped)
-    max_id = int(ids.max()) if len(ids) else -1
+    return Part(ids, ends, Counts(len(ids), len(ends), text_bytes, skipped))
+
+
+def check_ids(unit: Unit, job: Job, max_id: int) -> None:
+    """That ids up to ``max_id`` are the tokenizer's."""
     if max_id >= job.vocab_size:
         raise OnebError(f"{unit.path}: the token id {max_id} is outside the vocabulary of {job.vocab_size} of "
                         f"{job.encoding}. A damaged file, or one of another tokenizer")
-    return Part(ids.astype(job.dtype, copy=False), ends, max_id, text_bytes, skipped)
+
+
+class _Ids:
+    """The ids of a unit's documents in a row, of the output's dtype."""
+
+    def __init__(self, unit: Unit, job: Job) -> None:
+        self._unit, self._job = unit, job
+        self._ids, self._used = np.empty(_FIRST_IDS, job.dtype), 0
+        self._waiting: list[np.ndarray] = []
+        self._n_waiting = self._n_eot = 0
+
+    def __len__(self) -> int:
+        return self._used + self._n_waiting
+
+    def add(self, ids: np.ndarray) -> None:
+        """More ids, of any integer dtype."""
+        if len(ids) >= _CHUNK_IDS:
+            self._flush()
+            self._store(ids)
+            return
+        self._waiting.append(ids)
+        self._n_waiting += len(ids)
+        if self._n_waiting >= _CHUNK_IDS:
+            self._flush()
+
+    def finish(self, n_ends: int) -> np.ndarray:
+        """All of them, (n,); so many end-of-text ids were added, and the text must hold none."""
+        self._flush()
+        if self._n_eot != n_ends:
+            raise OnebError(f"{self._unit.path}: {self._job.encoding} turns some text into the id {self._job.eot}, "
+                            "which ends documents; mark that token as special in the tokenizer, or name another in "
+                            "tokenizer_config.json")
+        return self._ids[:self._used]
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._store(np.concatenate(self._waiting))
+            self._waiting, self._n_waiting = [], 0
+
+    def _store(self, ids: np.ndarray) -> None:
+        check_ids(self._unit, self._job, int(ids.max()))
+        self._n_eot += int(np.count_nonzero(ids == self._job.eot))
+        end = self._used + len(ids)
+        if end > len(self._ids):
+            more = np.empty(max(end, 2 * len(self._ids)), self._ids.dtype)
+            more[:self._used] = self._ids[:self._used]
+            self._ids = more
+        self._ids[self._used:end] = ids
+        self._used = end
 
 
 def _encode_text(unit: Unit, job: Job, encoder: Encoder, skipped: Skipped) -> tuple[np.ndarray, np.ndarray, int]:
-    arrays, ends, n_ids, text_bytes = [], [], 0, 0
+    ids, ends, text_bytes = _Ids(unit, job), [], 0
     end_of_text = np.array([job.eot], np.uint32)
     for document, ended in documents(unit, job.text_column, skipped):
         text_bytes += len(document)
         for piece in pieces(document, encoder.splits):
-            arrays.append(encoder.encode(piece))
-            n_ids += len(arrays[-1])
+            ids.add(encoder.encode(piece))
         if ended:
-            arrays.append(end_of_text)
-            n_ids += 1
-            ends.append(n_ids)
-    ids = np.concatenate(arrays) if arrays else np.empty(0, np.uint32)
-    if np.count_nonzero(ids == job.eot) != len(ends):
-        raise OnebError(f"{unit.path}: {job.encoding} turns some text into the id {job.eot}, which ends documents; "
-                        "mark that token as special in the tokenizer, or name another in tokenizer_config.json")
-    return ids, np.array(ends, np.int64), text_bytes
+            ids.add(end_of_text)
+            ends.append(len(ids))
+    return ids.finish(len(ends)), np.array(ends, np.int64), text_bytes
 
 
 def _shifted(ids: np.ndarray, unit: Unit, job: Job) -> np.ndarray:
@@ -113,28 +196,36 @@ def _shifted(ids: np.ndarray, unit: Unit, job: Job) -> np.ndarray:
     return ids
 
 
-def write_part(path: Path, part: Part) -> None:
-    """Write atomically, but without waiting for the disk: a torn part is found out by its checksum."""
-    body = part.ends.tobytes() + part.ids.tobytes()
-    header = {"ids": len(part.ids), "ends": len(part.ends), "dtype": part.ids.dtype.name, "max_id": part.max_id,
-              "text_bytes": part.text_bytes, "skipped": asdict(part.skipped), "crc32": zlib.crc32(body)}
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(json.dumps(header).encode() + b"\n")
-        file.write(body)
-    os.replace(temporary, path)
+class Target:
+    """The files of a job's output, open for writing by position.
+
+    While they are, this process holds a shared lock on the tokens, so that nobody takes the files over.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._tokens, self._ends = (os.open(folder / name, os.O_RDWR) for name in (TOKENS, ENDS))
+        for descriptor in (self._tokens, self._ends):
+            weakref.finalize(self, os.close, descriptor)
+        with contextlib.suppress(OSError):  # a network disk without locks: then nobody can tell
+            fcntl.flock(self._tokens, fcntl.LOCK_SH)
+
+    def write(self, part: Part, place: Place) -> Placed:
+        """Put a unit's tokens and documents' ends where they belong.
+
+        Raises:
+            OSError: the disk is full, or fails.
+        """
+        ids, ends = part.ids, part.ends
+        if place.room < len(ids):
+            ids, ends = ids[:place.room], ends[ends <= place.room]
+        _write(self._tokens, ids, HEADER_BYTES + place.tokens * ids.itemsize)
+        _write(self._ends, ends + place.tokens, 8 * place.documents)
+        ended = len(ends) > 0 and int(ends[-1]) == len(ids)
+        return Placed(len(ids), len(ends), int(ids.max()) if len(ids) else -1, ended)
 
 
-def read_part(path: Path) -> Part | None:
-    """The part at ``path``, or None if there is none, or not a whole one."""
-    try:
-        with open(path, "rb") as file:
-            header = json.loads(file.readline(_HEADER_BYTES))
-            body = file.read()
-    except (FileNotFoundError, ValueError):
-        return None
-    if zlib.crc32(body) != header["crc32"]:
-        return None
-    ends = np.frombuffer(body, np.int64, header["ends"])
-    ids = np.frombuffer(body, header["dtype"], header["ids"], offset=ends.nbytes)
-    return Part(ids, ends, header["max_id"], header["text_bytes"], Skipped(**header["skipped"]))
+def _write(descriptor: int, array: np.ndarray, position: int) -> None:
+    rest = memoryview(array).cast("B") if len(array) else memoryview(b"")
+    while len(rest):
+        written = os.pwrite(descriptor, rest, position)
+        rest, position = rest[written:], position + written

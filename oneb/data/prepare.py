@@ -1,8 +1,9 @@
 """Files of text, or of ready tokens, to a token file: ``X.npy``, its sidecar, its document index.
 
-The input is cut into units in an order that depends on it alone (``units``); processes encode them (``workers``) into
-parts (``parts``); this one appends these in order and keeps a journal (``journal``), so that the finished bytes are the
-same for any number of processes and any history of kills.
+The input is cut into units in an order that depends on it alone (``units``). Processes encode them (``workers``) and,
+told how many tokens are before these, write them where they belong (``parts``). This one tells them (``assemble``), and
+keeps a journal of how far the file is whole (``journal``), so that the finished bytes are the same for any number of
+processes and any history of kills.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from oneb.data.tokenizer import Tokenizer
 from oneb.data.units import UNIT_BYTES
 from oneb.data.workers import disk_full
 from oneb.errors import OnebError
-from oneb.files import sha256_file
 from oneb.units import format_gib
 
 _FORMAT = 1  # of the units: another number starts unfinished work over
@@ -101,11 +101,11 @@ def prepare(files: Sequence[InputFile], tokenizer: Tokenizer, output: Path, *, s
             journal.close()
             check_output(output, n_tokens, dtype.itemsize, force=force)
             journal = Journal(output, dtype, key, say)
-        journal.begin()
+        journal.begin(n_tokens)
         ranks, trouble = write_ranks(tokenizer, journal.folder)
         if trouble:
             say(f"warning: {trouble}")
-        job = Job(journal.key, journal.folder, tokenizer.name, ranks, tokenizer.eot, tokenizer.vocab_size, dtype.name,
+        job = Job(journal.folder, tokenizer.name, ranks, tokenizer.eot, tokenizer.vocab_size, dtype.name,
                   text_column, len(files))
         Work(files, job, journal, n_workers, n_tokens, progress).run()
         return _finish(journal, files, tokenizer, source, revision, n_tokens)
@@ -129,10 +129,10 @@ def _finish(journal: Journal, files: Sequence[InputFile], tokenizer: Tokenizer, 
     sources = [{"name": files[number].name, "size": files[number].size, "sha256": done.sha256,
                 "tokens": done.tokens, "documents": done.documents} for number, done in enumerate(state.files)]
 
-    def sidecar(whole: Path) -> Sidecar:
+    def sidecar(sha256: str) -> Sidecar:
         return Sidecar(
             tokens=state.tokens, documents=documents, encoding=tokenizer.name, vocab_size=tokenizer.vocab_size,
-            eot=tokenizer.eot, source=source, format=f"npy {journal.dtype.name}", sha256=sha256_file(whole),
+            eot=tokenizer.eot, source=source, format=f"npy {journal.dtype.name}", sha256=sha256,
             max_id=state.max_id, revision=revision, tokenizer_sha256=tokenizer.sha256)
 
     made = journal.finish(sidecar, sources)

@@ -7,22 +7,26 @@ import errno
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from oneb.data.encode import Encoder, make_encoder
-from oneb.data.parts import Job, encode_unit, part_path, write_part
+from oneb.data.parts import Counts, Job, Part, Place, Placed, Target, encode_unit
 from oneb.data.units import Unit
 from oneb.errors import OnebError
 from oneb.files import sha256_file
 
-_WAITING = 2  # tasks a worker holds: one that it does, one behind it
+_WAITING = 2  # units a worker has to encode: one that it does, one behind it
+_KEPT_BYTES = 64 * 2**20  # of tokens that wait for their place: a worker that has more begins no later unit
 _WORKER_BYTES = 2**30  # the most that one may take; most take a third
 _TRIES = 2  # of a task whose worker was killed
 
@@ -35,8 +39,15 @@ class Hash:
     path: Path
 
 
-Task = Unit | Hash
-Result = tuple[Task, str]  # of a Hash, the digest; of a Unit, "": its part is written
+# A unit is encoded and kept (the answer: its counts), then written to its place (the answer: what was written).
+Task = Unit | Place | Hash
+Answer = Counts | Placed | str
+Result = tuple[Task, Answer]
+
+
+def _before(unit: Unit) -> tuple[int, int]:
+    """Sorts units as they lie in the input."""
+    return unit.file, unit.index
 
 
 class Worker:
@@ -45,8 +56,10 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._encoder: Encoder | None = None
+        self._target: Target | None = None
+        self._kept: dict[Unit, Part] = {}
 
-    def do(self, task: Task) -> str:
+    def do(self, task: Task) -> Answer:
         """What a :data:`Result` holds.
 
         Raises:
@@ -54,16 +67,28 @@ class Worker:
         """
         if isinstance(task, Hash):
             return sha256_file(task.path)
-        if self._encoder is None:
+        # Open, and so locked, before anybody can be told to write.
+        self._target = self._target or Target(self._job.folder)
+        if isinstance(task, Place):
+            return self._place(task, self._target)
+        if self._encoder is None and task.kind != "tokens":
             self._encoder = make_encoder(self._job.encoding, self._job.ranks)
-        part = encode_unit(task, self._job, self._encoder)
+        part = self._kept[task] = encode_unit(task, self._job, self._encoder)
+        return part.counts
+
+    def _place(self, place: Place, target: Target) -> Placed:
         try:
-            write_part(part_path(self._job, task.file, task.index), part)
+            return target.write(self._kept.pop(place.unit), place)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise disk_full(self._job.folder) from error
             raise
-        return ""
+
+    def may(self, task: Task) -> bool:
+        """Whether to begin it now: memory for what waits is bounded, and what all others wait for must go on."""
+        if not isinstance(task, Unit) or sum(part.ids.nbytes for part in self._kept.values()) <= _KEPT_BYTES:
+            return True
+        return _before(task) < min(map(_before, self._kept))
 
 
 def usable_workers() -> int:
@@ -98,11 +123,11 @@ class InProcess:
         self._worker, self._tasks = Worker(job), deque[Task]()
 
     def has_room(self) -> bool:
-        """Whether another task would be taken up soon."""
+        """Whether another unit would be taken up soon."""
         return not self._tasks
 
     def submit(self, task: Task) -> None:
-        """Have it done."""
+        """Have it done; a unit is placed once its counts have come."""
         self._tasks.append(task)
 
     def results(self, seconds: float) -> list[Result]:
@@ -118,11 +143,20 @@ class InProcess:
 
 @dataclass
 class _Hand:
-    """One process, this end of its pipe, and the tasks that it holds."""
+    """One process, this end of its pipe, and what it holds."""
 
     process: BaseProcess
     pipe: Connection
-    tasks: deque[Task] = field(default_factory=deque)
+    tasks: deque[Unit | Hash] = field(default_factory=deque)  # to do
+    kept: dict[Unit, Place | None] = field(default_factory=dict)  # encoded; where it was told to write them
+
+    def send(self, task: Task) -> None:
+        if isinstance(task, Place):
+            self.kept[task.unit] = task
+        else:
+            self.tasks.append(task)
+        with contextlib.suppress(OSError):  # it died; ``results`` finds that out and gives its tasks to another
+            self.pipe.send(task)
 
 
 class Pool:
@@ -132,16 +166,21 @@ class Pool:
         # Not forked: the parent has threads (downloads, the tokenizer's own), whose locks a fork would copy.
         self._start = partial(_start, multiprocessing.get_context("spawn"), job)
         self._hands = [self._start() for _ in range(n_workers)]
-        self._deaths: dict[Task, int] = {}
+        self._deaths: dict[Task | None, int] = {}
+        self._again: dict[Unit, Place] = {}  # being encoded a second time; their places are known
 
     def has_room(self) -> bool:
         return any(len(hand.tasks) < _WAITING for hand in self._hands)
 
     def submit(self, task: Task) -> None:
-        hand = min(self._hands, key=lambda hand: len(hand.tasks))
-        hand.tasks.append(task)
-        with contextlib.suppress(OSError):  # it died; ``results`` finds that out and gives its tasks to another
-            hand.pipe.send(task)
+        if not isinstance(task, Place):
+            min(self._hands, key=lambda hand: len(hand.tasks)).send(task)
+            return
+        hand = next((hand for hand in self._hands if task.unit in hand.kept), None)
+        if hand is None:
+            self._again[task.unit] = task
+        else:
+            hand.send(task)
 
     def results(self, seconds: float) -> list[Result]:
         found: list[Result] = []
@@ -149,24 +188,37 @@ class Pool:
         for pipe in wait(list(hands), seconds):
             hand = hands[pipe]  # type: ignore[index]
             try:
-                kind, value = hand.pipe.recv()
+                kind, task, answer = hand.pipe.recv()
             except (EOFError, OSError):
                 self._replace(hand)
                 continue
             if kind == "mistake":
-                raise OnebError(value)
+                raise OnebError(answer)
             if kind == "bug":
-                raise RuntimeError(f"a worker process failed:\n{value}")
-            found.append((hand.tasks.popleft(), value))
+                raise RuntimeError(f"a worker process failed:\n{answer}")
+            if self._is_news(hand, task):
+                found.append((task, answer))
         return found
+
+    def _is_news(self, hand: _Hand, task: Task) -> bool:
+        """Note what ``hand`` has done; False if it did so in place of a dead one, and is told itself how to go on."""
+        if isinstance(task, Place):
+            del hand.kept[task.unit]
+            return True
+        hand.tasks.remove(task)
+        if isinstance(task, Unit):
+            hand.kept[task] = None
+            if task in self._again:
+                hand.send(self._again.pop(task))
+                return False
+        return True
 
     def _replace(self, dead: _Hand) -> None:
         """Start another process for one that was killed, for instance by the system, short of memory."""
         dead.process.join()
-        task = dead.tasks[0] if dead.tasks else None
-        if task is not None:
-            self._deaths[task] = self._deaths.get(task, 0) + 1
-        if task is None or self._deaths[task] == _TRIES:
+        task = dead.tasks[0] if dead.tasks else next(iter(dead.kept), None)
+        self._deaths[task] = self._deaths.get(task, 0) + 1
+        if self._deaths[task] == _TRIES:
             what = f" while it read {task.path}" if task is not None else ""
             code = dead.process.exitcode or 0
             how = f"by signal {-code}" if code < 0 else f"with code {code}"
@@ -174,9 +226,11 @@ class Pool:
                             "Run the same command again, with fewer --workers: it continues")
         hand = self._start()
         self._hands[self._hands.index(dead)] = hand
-        for task in dead.tasks:
-            hand.tasks.append(task)
-            hand.pipe.send(task)
+        self._again |= {unit: place for unit, place in dead.kept.items() if place is not None}
+        hashes = [task for task in dead.tasks if isinstance(task, Hash)]
+        units = [task for task in (*dead.kept, *dead.tasks) if isinstance(task, Unit)]
+        for lost in (*sorted(units, key=_before), *hashes):
+            hand.send(lost)
 
     def close(self) -> None:
         for hand in self._hands:
@@ -200,20 +254,52 @@ def _start(context: Any, job: Job) -> _Hand:
 
 
 def _work(pipe: Connection, job: Job) -> None:
-    """A worker process, until the pipe closes: that is also how it learns that its parent was killed."""
-    worker = Worker(job)
+    """A worker process."""
+    received: SimpleQueue[Task] = SimpleQueue()
+    threading.Thread(target=_receive, args=(pipe, received), daemon=True).start()
+    worker, waiting = Worker(job), _Waiting(received)
     while True:
+        task = waiting.take(worker.may)
         try:
-            task = pipe.recv()
-        except EOFError:
-            return
-        try:
-            answer = ("done", worker.do(task))
+            answer = ("done", task, worker.do(task))
         except OnebError as error:
-            answer = ("mistake", str(error))
+            answer = ("mistake", task, str(error))
         except Exception:  # fallback: the parent raises it
-            answer = ("bug", traceback.format_exc())
+            answer = ("bug", task, traceback.format_exc())
         try:
             pipe.send(answer)
         except OSError:
             return
+
+
+def _receive(pipe: Connection, received: SimpleQueue[Task]) -> None:
+    """Tasks from the pipe. It closes when the parent ends, were it killed; then so does this process, at once."""
+    try:
+        while True:
+            received.put(pipe.recv())
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+class _Waiting:
+    """Tasks in the order in which a worker takes them: first what only has to be written, and then is off its hands."""
+
+    def __init__(self, received: SimpleQueue[Task]) -> None:
+        self._received = received
+        self._places: deque[Task] = deque()
+        self._others: deque[Task] = deque()
+
+    def take(self, may: Callable[[Task], bool]) -> Task:
+        """The next task; waits for one that it ``may`` begin."""
+        while True:
+            with contextlib.suppress(Empty):
+                while True:
+                    self._sort(self._received.get_nowait())
+            if self._places:
+                return self._places.popleft()
+            if self._others and may(self._others[0]):
+                return self._others.popleft()
+            self._sort(self._received.get())
+
+    def _sort(self, task: Task) -> None:
+        (self._places if isinstance(task, Place) else self._others).append(task)

@@ -1,0 +1,261 @@
+"""Worker processes of preparing data: a dead one is replaced, one left over writes nothing, none takes much memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from oneb.data.growing import GrowingHash
+from oneb.data.parts import ENDS, HEADER_BYTES, TOKENS, Counts, Job, Place
+from oneb.data.units import Unit
+from oneb.data.workers import Pool, Worker
+from oneb.errors import OnebError
+
+ROOT = Path(__file__).parents[1]
+# A file, not -c: then worker processes are told of these sizes, too.
+SCRIPT = """
+import sys
+import oneb.data.assemble as assemble, oneb.data.journal as journal, oneb.data.units as units
+import oneb.data.workers as workers
+from oneb.cli.prepare import main
+
+units.UNIT_BYTES = 3000
+assemble._COMMIT_SECONDS = 0.0
+workers._KEPT_BYTES = 0
+journal._TAKE_OVER_SECONDS = 0.5
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def lines(n: int) -> list[str]:
+    return [f"line {number} " + "x" * (number * 7919 % 97) for number in range(n)]
+
+
+def in_bytes(texts: list[str]) -> list[int]:
+    return [token for text in texts for token in (*text.encode(), 256)]
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    return path
+
+
+def bytes_job(folder: Path) -> Job:
+    for name in (TOKENS, ENDS):
+        (folder / name).write_bytes(b"")
+    return Job(folder, "bytes", None, 256, 257, "uint16", "text", 1)
+
+
+def some_units(folder: Path, n: int) -> list[Unit]:
+    """Units of a .jsonl file, and their texts are ``lines(100 * n)``."""
+    path = write_lines(folder / "in.jsonl", lines(100 * n))
+    bounds = [path.stat().st_size * number // n for number in range(n + 1)]
+    return [Unit(0, number, path, "jsonl", bounds[number], bounds[number + 1], 1 / n, number == n - 1)
+            for number in range(n)]
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """Alive, and not multiprocessing's own helper."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # also of zombies
+        return "spawn_main" in " ".join(process.cmdline())
+    return False
+
+
+def spawned(parent: int | None = None) -> list[psutil.Process]:
+    return [child for child in psutil.Process(parent).children() if is_worker(child)]
+
+
+
+
+# -- Death ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("when", ["encoding", "counted", "placing"])
+def test_a_worker_that_dies_is_replaced_and_its_units_go_where_they_would_have_gone(tmp_path, when):
+    """Whatever it was doing; and the one that asks is told of each thing once more at most."""
+    todo = some_units(tmp_path, 4)
+    pool = Pool(bytes_job(tmp_path), 1)
+    try:
+        for unit in todo:
+            pool.submit(unit)
+        if when == "encoding":
+            spawned()[0].kill()
+        counts: dict[Unit, Counts] = {}
+        while len(counts) < 4:
+            counts |= {unit: answer for unit, answer in pool.results(1.0) if isinstance(answer, Counts)}
+        places, tokens, documents = [], 0, 0
+        for unit in todo:
+            places.append(Place(unit, tokens, documents, counts[unit].tokens))
+            tokens, documents = tokens + counts[unit].tokens, documents + counts[unit].documents
+        if when == "counted":
+            spawned()[0].kill()
+            time.sleep(0.1)
+        if when == "placing":
+            process = spawned()[0]
+            process.suspend()
+            for place in places[:2]:
+                pool.submit(place)
+            process.kill()
+            places[:2] = []
+        for place in places:
+            pool.submit(place)
+        placed = set()
+        while len(placed) < 4:
+            placed |= {task for task, _ in pool.results(1.0) if isinstance(task, Place)}
+        expected = in_bytes(lines(400))
+        assert np.fromfile(tmp_path / TOKENS, "<u2", offset=HEADER_BYTES).tolist() == expected
+        ends = np.fromfile(tmp_path / ENDS, "<i8")
+        assert ends.tolist() == (np.flatnonzero(np.array(expected) == 256) + 1).tolist()
+    finally:
+        pool.close()
+
+
+def test_a_unit_that_kills_its_worker_twice_is_an_error(tmp_path):
+    os.mkfifo(tmp_path / "ranks")  # nobody writes to it: a worker waits there until it is killed
+    for name in (TOKENS, ENDS):
+        (tmp_path / name).write_bytes(b"")
+    pool = Pool(Job(tmp_path, "gpt2", tmp_path / "ranks", 50256, 50257, "uint16", "text", 1), 1)
+    try:
+        pool.submit(Unit(0, 0, Path("giant.jsonl"), "jsonl", 0, 1, 1.0, True))
+        killers = threading.Thread(target=kill_children, args=(2,))
+        killers.start()
+        with pytest.raises(OnebError, match="ended by signal 9 while it read giant.jsonl.*fewer --workers"):
+            list(iter(lambda: pool.results(0.1), "never"))
+        killers.join()
+    finally:
+        pool.close()
+
+
+def kill_children(count: int) -> None:
+    killed: set[int] = set()
+    while len(killed) < count:
+        for child in spawned():
+            if child.pid not in killed:
+                child.kill()
+                killed.add(child.pid)
+        time.sleep(0.05)
+
+
+# -- Memory ----------------------------------------------------------------------------------------
+
+def test_a_worker_with_much_to_write_begins_nothing_that_comes_later(tmp_path, monkeypatch):
+    monkeypatch.setattr("oneb.data.workers._KEPT_BYTES", 15_000)
+    first, second, third, fourth = some_units(tmp_path, 4)
+    worker = Worker(bytes_job(tmp_path))
+    assert worker.may(third)
+    counts = worker.do(second)
+    assert counts.tokens * 2 < 15_000
+    assert worker.may(fourth)
+    kept = worker.do(third)
+    assert not worker.may(fourth)
+    assert worker.may(first)  # others may wait for it
+    assert worker.may(Place(third, 0, 0, 1))
+    worker.do(Place(third, 0, 0, kept.tokens))
+    assert worker.may(fourth)
+
+
+@pytest.fixture
+def script(tmp_path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def command(script: Path, inputs: Path, output: Path, workers: int) -> list[str]:
+    return [sys.executable, str(script), "--input", str(inputs), "--output", str(output), "--tokenizer", "bytes",
+            "--workers", str(workers)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def test_workers_that_may_keep_nothing_do_not_wait_for_each_other_for_ever(script, tmp_path):
+    inputs = write_lines(tmp_path / "in.jsonl", lines(3000))
+    output = tmp_path / "x.npy"
+    subprocess.run(command(script, inputs, output, 3), env=environment(), check=True, timeout=60, capture_output=True)
+    assert np.load(output).tolist() == in_bytes(lines(3000))
+
+
+# -- Left over -------------------------------------------------------------------------------------
+
+@pytest.fixture
+def stopped(script, tmp_path) -> Iterator[tuple[list[str], list[psutil.Process]]]:
+    """A command that was killed while its workers were stopped, and these."""
+    inputs = write_lines(tmp_path / "in.jsonl", lines(20_000))
+    again = command(script, inputs, tmp_path / "x.npy", 2)
+    process = subprocess.Popen(again, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    tokens = tmp_path / "x.npy.parts" / TOKENS
+    while not tokens.exists() or tokens.stat().st_size < 100_000:
+        assert process.poll() is None
+        time.sleep(0.01)
+    left = spawned(process.pid)
+    for worker in left:
+        worker.suspend()
+    process.kill()
+    process.wait()
+    yield again, left
+    for worker in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
+
+
+def test_what_a_killed_command_left_over_is_waited_for(stopped, tmp_path):
+    again, left = stopped
+    refused = subprocess.run(again, env=environment(), capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "worker processes of an earlier command still write" in refused.stderr
+    for worker in left:
+        worker.send_signal(signal.SIGCONT)
+    subprocess.run(again, env=environment(), capture_output=True, check=True)
+    assert np.load(tmp_path / "x.npy").tolist() == in_bytes(lines(20_000))
+    assert not psutil.wait_procs(left, timeout=10)[1]
+    assert not (tmp_path / "x.npy.parts").exists()
+
+
+# -- The hash --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_hash_of_a_growing_file_is_that_of_the_whole(tmp_path, monkeypatch, seed):
+    monkeypatch.setattr("oneb.data.growing._BLOCK_BYTES", 1000)
+    chance = random.Random(seed)
+    content = chance.randbytes(50_000)
+    path = tmp_path / "grows"
+    path.write_bytes(bytes(128))
+    growing = GrowingHash(path, content[:128])
+    size = 128
+    with open(path, "r+b", buffering=0) as file:
+        while size < len(content):
+            more = chance.randrange(1, 5000)
+            file.seek(size + more)
+            file.write(b"not yet")  # others write further on
+            file.seek(size)
+            size += file.write(content[size:size + more])
+            growing.extend(size)
+        file.truncate(size)
+        file.seek(0)
+        file.write(content[:128])
+    growing.extend(size, whole=True)
+    assert growing.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_file_that_is_cut_while_it_is_hashed_is_an_error(tmp_path):
+    (tmp_path / "cut").write_bytes(bytes(1000))
+    growing = GrowingHash(tmp_path / "cut", bytes(128))
+    growing.extend(1001, whole=True)
+    with pytest.raises(OSError, match="ends at byte 1000, before byte 1001"):
+        growing.hexdigest()
+    growing.stop()
