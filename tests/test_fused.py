@@ -24,7 +24,7 @@ def loss_and_gradients(config, tokens, *, fused, device="cpu", dtype=torch.float
             for name in ("null_k", "null_v"):
                 if hasattr(block.attention, name):
                     getattr(block.attention, name).normal_(generator=generator)
-    model.grad_checkpoint = recompute
+    model.recomputed_layers = config.n_layers if recompute else 0
     if fused:
         float8 = Float8State([block_matrices(block) for block in model.blocks], dtype) if fp8 else None
         model.fuse(float8)

@@ -128,9 +128,9 @@ def exact_rotary(wide: Tensor, cos: Tensor | None, sin: Tensor | None, scale: Te
     def rotated(x: Tensor) -> Tensor:
         if cos is None:
             return x
-        half = cos.shape[1]
+        half = cos.shape[-1]
         pairs = torch.complex(x[..., d - 2 * half:d - half].contiguous(), x[..., d - half:].contiguous())
-        pairs = pairs * torch.complex(cos.double(), sin.double())[:, None]
+        pairs = pairs * torch.complex(cos.double(), sin.double()).unsqueeze(-2)
         return torch.cat([x[..., :d - 2 * half], pairs.real, pairs.imag], dim=-1)
 
     queries = queries * (scale.double() * log.exp()[:, None])
@@ -147,13 +147,18 @@ def laid_out(exact: Tensor, layout: str, seed: int, dtype: torch.dtype) -> Tenso
     return random(b, heads, t, d, seed=seed, dtype=dtype, device=exact.device)
 
 
-def check_rotary(fused: bool, device: str, dtype: torch.dtype, heads: str, layout: str, seed: int, seq_len=11) -> None:
+def check_rotary(
+    fused: bool, device: str, dtype: torch.dtype, heads: str, layout: str, seed: int, seq_len=11, documents=False,
+) -> None:
     qkv, cos, sin, scale, numbers = rotary_case(heads, dtype, device, 2, seq_len, seed)
     n_heads, tied = numbers[0], numbers[-1]
     wide = qkv.double().requires_grad_()
     log = torch.zeros(n_heads, dtype=torch.float64, device=device, requires_grad=True)
-    exact = exact_rotary(wide, cos, sin, scale, numbers, log)
-    results = function(rotary, "rotary", fused)(qkv, cos, sin, scale, *numbers)
+    at = torch.arange(seq_len, device=device)
+    starts = torch.stack([at // 4 * 4, (at >= seq_len // 2) * (seq_len // 2)]).int() if documents else None
+    exact_angles = (x if x is None or starts is None else x[at - starts] for x in (cos, sin))
+    exact = exact_rotary(wide, *exact_angles, scale, numbers, log)
+    results = function(rotary, "rotary", fused)(qkv, cos, sin, scale, *numbers, starts=starts)
     for index, (result, reference) in enumerate(zip(results, exact, strict=True)):
         assert result.dtype == dtype
         assert_rounded_once(result, reference)
@@ -162,7 +167,7 @@ def check_rotary(fused: bool, device: str, dtype: torch.dtype, heads: str, layou
 
     grads = [laid_out(reference, layout, seed + i, dtype) for i, reference in enumerate(exact)]
     backward = function(rotary, "rotary_backward", fused)
-    dqkv, dlog = backward(*grads, results[0], cos, sin, scale, tied)
+    dqkv, dlog = backward(*grads, results[0], cos, sin, scale, tied, starts=starts)
     exact_dqkv, = torch.autograd.grad(exact, wide, [grad.double() for grad in grads], retain_graph=True)
     assert dqkv.dtype == dtype
     assert dqkv.is_contiguous()
@@ -173,7 +178,7 @@ def check_rotary(fused: bool, device: str, dtype: torch.dtype, heads: str, layou
     spread = (grads[0].double() * results[0].double()).square().sum((0, 2, 3)).sqrt()
     assert ((dlog - exact_dlog).abs() <= 8 * HALF_STEP[dtype] * spread + 1e-4).all()
     if scale.dim() == 1:  # one scale for all heads: no temperature, so nobody asks for its gradient
-        again, none = backward(*grads, None, cos, sin, scale, tied)
+        again, none = backward(*grads, None, cos, sin, scale, tied, starts=starts)
         assert none is None
         assert torch.equal(again, dqkv)
 
@@ -302,7 +307,7 @@ def check_wide_results(fused: bool, device: str, dtype: torch.dtype, seed: int) 
         check_swiglu(fused, device, dtype, shape, seed=seed)
     for index, heads in enumerate(HEADS):
         layout = ("tokens first", "heads first", "slice")[(index + seed) % 3]
-        check_rotary(fused, device, dtype, heads, layout, seed=seed)
+        check_rotary(fused, device, dtype, heads, layout, seed=seed, documents=(index + seed) % 2 == 0)
     for size in (1.0, 30.0):
         check_softmax(fused, device, dtype, (5, 384, 257), size, seed=seed)
 
@@ -336,7 +341,7 @@ class TestOnGpu:
         for seed in range(3):
             check_wide_results(True, "cuda", dtype, seed)
         for heads in HEADS:
-            check_rotary(True, "cuda", dtype, heads, "tokens first", seed=4, seq_len=1001)
+            check_rotary(True, "cuda", dtype, heads, "tokens first", seed=4, seq_len=1001, documents=True)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_kernels_equal_fp64_at_real_shapes(self, dtype):
@@ -391,5 +396,5 @@ if __name__ == "__main__":
     check_softmax(True, "cpu", torch.float32, (5, 384, 257), 30.0, seed=7)
     rotary._TILE, rotary._GROUPS = 64, 2
     for heads in ("decoupled", "decoupled, tied", "gqa, no temperature"):
-        check_rotary(True, "cpu", torch.float32, heads, "slice", seed=8, seq_len=5)
+        check_rotary(True, "cpu", torch.float32, heads, "slice", seed=8, seq_len=5, documents=heads != "decoupled")
     print("interpreted")

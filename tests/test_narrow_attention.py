@@ -12,6 +12,7 @@ import torch
 
 from oneb.kernels import narrow_attention as narrow
 from oneb.kernels import narrow_attention_backward, runtime
+from oneb.kernels.documents import documents_of
 from oneb.kernels.narrow_attention import Tiles
 
 NAMES = ("dq", "dk", "dv", "dnull_k", "dnull_v")
@@ -27,13 +28,16 @@ needs_triton = pytest.mark.skipif(not runtime.triton_available(), reason="Triton
 
 # ---- the reference ---------------------------------------------------------------------------------
 
-def naive(q, k, v, null_k, null_v):
+def naive(q, k, v, null_k, null_v, documents=None):
     """Softmax attention written out, in the dtype of the inputs: the null key is one more column of scores."""
     repeats, n_tokens = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = q @ k.transpose(-1, -2)
     rows = torch.arange(n_tokens, device=q.device)
     scores = scores.masked_fill(rows[:, None] < rows, float("-inf"))
+    if documents is not None:
+        of_another = documents.starts[:, :, None] != documents.starts[:, None]
+        scores = scores.masked_fill(of_another[:, None], float("-inf"))
     if null_k is not None:
         null_k, null_v = (x.to(q.dtype).repeat_interleave(repeats, 0) for x in (null_k, null_v))
         scores = torch.cat([scores, (q * null_k[:, None]).sum(-1, keepdim=True)], -1)
@@ -41,10 +45,10 @@ def naive(q, k, v, null_k, null_v):
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
-def gradients(inputs, dout, dtype):
+def gradients(inputs, dout, dtype, documents=None):
     """(out, lse, gradients) of the naive attention in ``dtype``."""
     leaves = [x if x is None else x.detach().to(dtype).requires_grad_() for x in inputs]
-    out, lse = naive(*leaves)
+    out, lse = naive(*leaves, documents)
     out.backward(dout.to(dtype))
     return out.detach(), lse.detach(), [x if x is None else x.grad for x in leaves]
 
@@ -67,13 +71,21 @@ def case(heads, kv_heads, n_tokens, width, v_width, dtype, null, seed, device, s
     return [q, k, v, *nulls], dout
 
 
-def check(inputs, dout, deterministic, forward=None, backward=None):
+def cut(batch, n_tokens, mean, seed, device):
+    """Documents of about ``mean`` tokens, cut anew in each sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = (torch.rand(batch, n_tokens, generator=generator) < 1 / mean).long()
+    return documents_of(tokens.to(device), 1)
+
+
+def check(inputs, dout, deterministic, forward=None, backward=None, documents=None):
     """Everything the raw functions return, against fp64 and against the error that plain 16-bit arithmetic makes."""
     dtype = dout.dtype
-    out, lse = narrow.narrow_attention_forward(*inputs, **(forward or {}))
-    grads = narrow.narrow_attention_backward(dout, *inputs, out, lse, deterministic=deterministic, **(backward or {}))
-    want_out, want_lse, want_grads = gradients(inputs, dout, torch.float64)
-    rough_out, _, rough_grads = gradients(inputs, dout, dtype)
+    out, lse = narrow.narrow_attention_forward(*inputs, documents, **(forward or {}))
+    grads = narrow.narrow_attention_backward(
+        dout, *inputs, out, lse, documents, deterministic=deterministic, **(backward or {}))
+    want_out, want_lse, want_grads = gradients(inputs, dout, torch.float64, documents)
+    rough_out, _, rough_grads = gradients(inputs, dout, dtype, documents)
     assert out.dtype == dtype
     assert out.transpose(1, 2).is_contiguous()
     assert error(out, want_out) < OUT_TOLERANCE[dtype]
@@ -92,12 +104,13 @@ def check(inputs, dout, deterministic, forward=None, backward=None):
         assert error(got, want) < limit, (name, error(got, want), error(rough, want))
 
 
-def check_large_scores(inputs, dout, deterministic, forward=None, backward=None):
+def check_large_scores(inputs, dout, deterministic, forward=None, backward=None, documents=None):
     """One-hot softmax rows: gradients cancel, so errors are measured against the terms that cancel."""
     dtype = dout.dtype
-    out, lse = narrow.narrow_attention_forward(*inputs, **(forward or {}))
-    grads = narrow.narrow_attention_backward(dout, *inputs, out, lse, deterministic=deterministic, **(backward or {}))
-    want_out, want_lse, want_grads = gradients(inputs, dout, torch.float64)
+    out, lse = narrow.narrow_attention_forward(*inputs, documents, **(forward or {}))
+    grads = narrow.narrow_attention_backward(
+        dout, *inputs, out, lse, documents, deterministic=deterministic, **(backward or {}))
+    want_out, want_lse, want_grads = gradients(inputs, dout, torch.float64, documents)
     assert error(out, want_out) < OUT_TOLERANCE[dtype]
     assert error(lse, want_lse) < 1e-5
     row = (dout.double().abs() * want_out.abs()).sum(-1, keepdim=True)  # (B, H, T, 1): what delta cancels
@@ -130,6 +143,17 @@ def run_in_interpreter():
     strided = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in inputs[:3]]
     check([*strided, *inputs[3:]], dout, False, **small)
     compare_regimes("cpu", small)
+    # Documents shorter and longer than tiles; lengths that end inside tiles; the range past which maxima are kept.
+    shapes = [  # H, Hkv, T, Dqk, Dv, dtype, null, mean length
+        (2, 2, 150, 12, 12, bf16, False, 9), (2, 1, 133, 12, 16, bf16, True, 70), (1, 1, 97, 8, 8, fp16, False, 20),
+        (2, 2, 96, 40, 64, bf16, True, 30), (1, 1, 45, 100, 12, bf16, False, 11),
+    ]
+    for seed, (*shape, mean) in enumerate(shapes):
+        inputs, dout = case(*shape, seed, "cpu", batch=2)
+        check(inputs, dout, seed % 2 == 0, **small, documents=cut(2, shape[2], mean, seed, "cpu"))
+    for deterministic in (False, True):
+        inputs, dout = case(1, 1, 70, 12, 12, bf16, False, 3, "cpu", 30.0)
+        check_large_scores(inputs, dout, deterministic, **small, documents=cut(2, 70, 15, 3, "cpu"))
     print("interpreted")
 
 
@@ -155,13 +179,14 @@ def test_kernels_match_fp64_in_the_interpreter():
 # ---- on any machine --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("null", [False, True])
-@pytest.mark.parametrize("seed", range(3))
-def test_twin_matches_fp64(null, seed):
-    inputs, dout = case(4, 2, 37, 12, 9, torch.float32, null, seed, "cpu")
+@pytest.mark.parametrize("mean", [None, 5, 20])
+def test_twin_matches_fp64(null, mean):
+    inputs, dout = case(4, 2, 37, 12, 9, torch.float32, null, mean or 0, "cpu")
+    documents = None if mean is None else cut(2, 37, mean, mean, "cpu")
     leaves = [x if x is None else x.detach().requires_grad_() for x in inputs]
-    out = narrow.narrow_attention(*leaves)  # off CUDA: the twin
+    out = narrow.narrow_attention(*leaves, documents)  # off CUDA: the twin
     out.backward(dout)
-    want_out, _, want_grads = gradients(inputs, dout, torch.float64)
+    want_out, _, want_grads = gradients(inputs, dout, torch.float64, documents)
     assert error(out, want_out) < 1e-6
     for leaf, want in zip(leaves, want_grads, strict=True):
         assert want is None or error(leaf.grad, want) < 1e-5
@@ -180,9 +205,9 @@ def test_without_triton_the_twin_remains():
 
 
 @needs_triton
-@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp16"), (90, "bf16")])
+@pytest.mark.parametrize(("capability", "dtype", "width"), [(80, "fp16", 12), (90, "bf16", 12), (90, "bf16", 64)])
 @pytest.mark.parametrize("name", ["forward", "dkdv", "dq", "rows"])
-def test_kernels_compile(name, capability, dtype):
+def test_kernels_compile(name, capability, dtype, width):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -192,14 +217,16 @@ def test_kernels_compile(name, capability, dtype):
     if not hasattr(kernel, "params"):
         pytest.skip("Triton's interpreter is on in this process")
     constants = {
-        "HEADS": 4, "KV_HEADS": 4, "QK_WIDTH": 12, "V_WIDTH": 12, "QK_PADDED": 16, "V_PADDED": 16, "ALIGN": 4,
-        "NULL": True, "NATIVE": True, "ONLINE": dtype == "fp16", "DQ": name != "dq", "QUERIES": 64, "KEYS": 32,
-        "ROWS": 128, "PACKED": dtype == "bf16", "Q_ALIGN": 4,
+        "HEADS": 4, "KV_HEADS": 4, "QK_WIDTH": width, "V_WIDTH": width, "QK_PADDED": max(16, width),
+        "V_PADDED": max(16, width), "ALIGN": 4, "NULL": True, "NATIVE": True, "ONLINE": dtype == "fp16",
+        "DQ": name != "dq", "QUERIES": 64, "KEYS": 32, "ROWS": 128, "PACKED": (dtype, width) == ("bf16", 12),
+        "Q_ALIGN": 4, "DOCS": width == 64,
     }
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     wide = {"lse_ptr", "lse2_ptr", "delta_ptr", "dnull_ptr", "null_k_ptr", "null_v_ptr"}
     signature = {key: f"*{dtype}" if key.endswith("_ptr") else "i32" for key in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr") | dict.fromkeys(wide & set(kernel.arg_names), "*fp32")
+    signature |= {key: "*i32" for key in ("starts_ptr", "ends_ptr") if key in kernel.arg_names}
     if "dq_ptr" in signature and name != "dq":
         signature["dq_ptr"] = "*fp32"
     source = ASTSource(kernel, signature, constants)
@@ -212,15 +239,19 @@ def test_kernels_compile(name, capability, dtype):
 
 # Tuning compiles every candidate: one test does it, the others take the first. A variant of a kernel is also compiled
 # for each set of widths and heads, so what need not vary is H = Hkv = 4, Dqk = Dv = 12.
-FIRST = {
-    "forward": {"tiles": narrow.FORWARD_TILES[0]},
-    "backward": {"dkdv_tiles": narrow_attention_backward.DKDV_TILES[0],
-                 "dq_tiles": narrow_attention_backward.DQ_TILES[0]},
-}
 TABLES = {
     "tiles": narrow.FORWARD_TILES, "dkdv_tiles": narrow_attention_backward.DKDV_TILES,
     "dq_tiles": narrow_attention_backward.DQ_TILES,
 }
+
+
+def first(width):
+    """The first tiles for heads padded to ``width``."""
+    tiles = {name: table[width][0] for name, table in TABLES.items()}
+    return {"forward": {"tiles": tiles.pop("tiles")}, "backward": tiles}
+
+
+FIRST = first(32)
 
 
 @needs_triton
@@ -254,10 +285,32 @@ class TestOnGpu:
     ])
     def test_every_candidate_and_the_choice_among_them(self, kernel, deterministic):
         inputs, dout = case(4, 4, 777, 12, 12, torch.bfloat16, True, 1, "cuda")
-        for tiles in (*TABLES[kernel], None):  # None: tuned, in which dq must not be added to twice
+        for tiles in (*TABLES[kernel][32], None):  # None: tuned, in which dq must not be added to twice
             check(inputs, dout, deterministic, **{
-                side: {name: tiles if name == kernel else first for name, first in given.items()}
+                side: {name: tiles if name == kernel else best for name, best in given.items()}
                 for side, given in FIRST.items()})
+
+    @pytest.mark.parametrize(("heads", "kv_heads", "width", "v_width", "dtype", "null"), [
+        (4, 4, 12, 12, torch.bfloat16, True), (4, 4, 12, 12, torch.float16, False),
+        (4, 2, 64, 64, torch.bfloat16, True), (2, 2, 64, 64, torch.float16, False),
+        (2, 1, 96, 128, torch.bfloat16, True),
+    ])
+    def test_documents(self, heads, kv_heads, width, v_width, dtype, null):
+        tiles = first({12: 32, 64: 64, 96: 128}[width])
+        for seed, (n_tokens, mean) in enumerate(((17, 5), (257, 40), (1000, 300), (2048, 700), (2048, 1e9))):
+            inputs, dout = case(heads, kv_heads, n_tokens, width, v_width, dtype, null, seed, "cuda")
+            for deterministic in (False, True):
+                check(inputs, dout, deterministic, **tiles, documents=cut(2, n_tokens, mean, seed, "cuda"))
+
+    @pytest.mark.parametrize("width", [64, 128])
+    def test_every_candidate_for_documents(self, width):
+        inputs, dout = case(2, 2, 777, width, width, torch.bfloat16, False, 1, "cuda")
+        documents, padded = cut(2, 777, 150, 1, "cuda"), max(32, width)
+        for kernel, table in TABLES.items():
+            for tiles in (*table[padded], None):
+                check(inputs, dout, kernel == "dq_tiles", documents=documents, **{
+                    side: {name: tiles if name == kernel else best for name, best in given.items()}
+                    for side, given in first(padded).items()})
 
     def test_gradients_are_complete_and_repeat_bit_for_bit(self):
         torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN: an element left out would show
@@ -266,19 +319,20 @@ class TestOnGpu:
             for deterministic in (False, True):
                 check(inputs, dout, deterministic, **FIRST)
             out, lse = narrow.narrow_attention_forward(*inputs, **FIRST["forward"])
-            first, *more = (
+            initial, *more = (
                 narrow.narrow_attention_backward(dout, *inputs, out, lse, deterministic=True, **FIRST["backward"])
                 for _ in range(6))
         finally:
             torch.use_deterministic_algorithms(False)
-        assert all(torch.equal(one, other) for again in more for one, other in zip(first, again, strict=True))
+        assert all(torch.equal(one, other) for again in more for one, other in zip(initial, again, strict=True))
 
     @pytest.mark.parametrize("null", [False, True])
     def test_autograd(self, null):
         inputs, dout = case(4, 4, 300, 12, 12, torch.bfloat16, null, 9, "cuda")  # too short to be tuned
         leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
-        narrow.narrow_attention(*leaves).backward(dout)
-        _, _, want = gradients(inputs, dout, torch.float64)
+        documents = cut(2, 300, 60, 1, "cuda") if null else None
+        narrow.narrow_attention(*leaves, documents).backward(dout)
+        _, _, want = gradients(inputs, dout, torch.float64, documents)
         for leaf, grad in zip(leaves, want, strict=True):
             assert grad is None or error(leaf.grad, grad) < GRAD_TOLERANCE[torch.bfloat16]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from oneb.data.reading import HeldBytes, TokenFile, allow_open_files
 from oneb.data.sidecar import Sidecar, is_beside_tokens, read_sidecar, sidecar_path
 from oneb.errors import OnebError
 from oneb.units import format_count
+
+if TYPE_CHECKING:
+    from oneb.data.download import Download
 
 _MAKE_DATA = "python3 prepare_fineweb.py --tokens 100M --output"
 _SCAN_TOKENS = 4 * 2**20
@@ -49,10 +53,12 @@ class Tokens:
         dtype: an integer type that holds every shard's ids.
         files: their paths, in order (``("demo",)`` for the embedded text).
         encoding: tokenizer name the sidecars give, or None.
+        eot: the id that ends documents, if the sidecars give one.
         fingerprint: 16 hex digits that tell data sets apart, whatever the files are called: a hash
             of each file's size, token count, and 64 KiB at its head, middle and tail.
         warnings: what was taken on trust, one sentence each.
-        say: told what is waited for, where data is still arriving; by any thread.
+        say: told what is waited for, where data is still arriving, by the thread that reads it.
+        arrival: what brings the files that were not there when it was opened, if any were not.
     """
 
     def __init__(self, shards: Sequence[Shard], fingerprint: str, warnings: Sequence[str] = ()) -> None:
@@ -60,7 +66,9 @@ class Tokens:
         self.fingerprint = fingerprint
         self.warnings = tuple(warnings)
         self.say: Callable[[str], None] = lambda message: None
+        self.arrival: Download | None = None
         self.encoding = next((s.sidecar.encoding for s in shards if s.sidecar and s.sidecar.encoding), None)
+        self.eot = next((s.sidecar.eot for s in shards if s.sidecar and s.sidecar.eot is not None), None)
         self._shards = tuple(shard.tokens for shard in shards)
         self._starts = (0, *accumulate(len(shard) for shard in self._shards))
         self.n_tokens = self._starts[-1]

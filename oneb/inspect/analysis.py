@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oneb.kernels.documents import Documents, visible
 from oneb.model.transformer import Block, Transformer
 
 LEVELS = ("basic", "medium", "full")
@@ -124,46 +125,53 @@ def attention_statistics(model: Transformer, tokens: Tensor) -> dict[str, Tensor
         ``attention_entropy`` (L, H) in nats, ``attention_entropy_fraction`` (L, H), and with a null token
         ``null_mass`` (L,), as :func:`analyse` describes them.
     """
-    rotary = model.rotary.slice(0, tokens.shape[1])
+    positions = model.positions(tokens)
     x = F.embedding(tokens, model.embedding).to(model.compute_dtype)
     layers = []
     for block in model.blocks:
-        q, k, _ = block.attention.project(block.attention_norm(x), rotary)
-        layers.append(_layer_statistics(q, k, block.attention.null()[0]))
+        q, k, _ = block.attention.project(block.attention_norm(x), positions)
+        layers.append(_layer_statistics(q, k, block.attention.null()[0], positions.documents))
         # Not block(x): a compiled block would compile once more for this length.
-        x = block.forward(x, rotary)
+        x = block.forward(x, positions)
     names = ("attention_entropy", "attention_entropy_fraction", "null_mass")
     return {name: torch.stack([layer[name] for layer in layers]) for name in names if name in layers[0]}
 
 
-def _layer_statistics(q: Tensor, k: Tensor, null_k: Tensor | None) -> dict[str, Tensor]:
+def _layer_statistics(
+    q: Tensor, k: Tensor, null_k: Tensor | None, documents: Documents | None
+) -> dict[str, Tensor]:
     """One layer's (H,) entropies and () null mass: scaled queries (B, H, T, D), keys (B, K, T, D), null key (K, D)."""
     n_heads, n_tokens = q.shape[1:3]
     repeats = n_heads // k.shape[1]
     k = k.repeat_interleave(repeats, dim=1)
     if null_k is not None:
         null_k = null_k.repeat_interleave(repeats, dim=0)
-    # Entropy of even attention, by query (T,).
-    most = (torch.arange(1, n_tokens + 1, device=q.device) + (null_k is not None)).log()
+    if documents is None:
+        seen = torch.ones(1, n_tokens, n_tokens, dtype=torch.bool, device=q.device).tril()
+    else:
+        seen = visible(documents)
+    seen = seen.expand(len(q), -1, -1)
+    # Entropy of even attention, by sequence and query (B, T).
+    most = (seen.sum(-1) + (null_k is not None)).log()
     entropy, fraction, null_mass = (torch.zeros(n_heads, device=q.device) for _ in range(3))
     for first in range(0, n_heads, _HEADS_AT_ONCE):
         heads = slice(first, first + _HEADS_AT_ONCE)
         null = None if null_k is None else null_k[heads]
-        for q_one, k_one in zip(q, k, strict=True):  # one sequence at a time
-            weights = _weights(q_one[heads], k_one[heads], null)
+        for one in range(len(q)):  # one sequence at a time
+            weights = _weights(q[one, heads], k[one, heads], null, seen[one])
             by_query = torch.special.entr(weights).sum(-1)  # (heads, T)
             entropy[heads] += by_query.mean(-1) / len(q)
-            fraction[heads] += (by_query / most)[:, most > 0].mean(-1) / len(q)
+            fraction[heads] += (by_query / most[one])[:, most[one] > 0].mean(-1) / len(q)
             null_mass[heads] += weights[..., 0].mean(-1) / len(q)
     statistics = {"attention_entropy": entropy, "attention_entropy_fraction": fraction}
     return statistics if null_k is None else statistics | {"null_mass": null_mass.mean()}
 
 
-def _weights(q: Tensor, k: Tensor, null_k: Tensor | None) -> Tensor:
-    """Causal softmax in fp32 of q, k (heads, T, D): (heads, T, T); with a null key (heads, D), (heads, T, 1 + T)."""
+def _weights(q: Tensor, k: Tensor, null_k: Tensor | None, seen: Tensor) -> Tensor:
+    """Softmax in fp32 of q, k (heads, T, D) over what is ``seen`` (T, T): (heads, T, T); with a null key (heads, D),
+    (heads, T, 1 + T)."""
     scores = q.float() @ k.float().transpose(-1, -2)
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    scores = scores.masked_fill(future, float("-inf"))
+    scores = scores.masked_fill(~seen, float("-inf"))
     if null_k is not None:
         scores = torch.cat([q.float() @ null_k.float().unsqueeze(-1), scores], dim=-1)
     return scores.softmax(-1)

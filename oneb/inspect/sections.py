@@ -177,7 +177,8 @@ def _setup(run: Run) -> Section | None:
          f"compute {meta['compute_dtype']}, attention {meta['attention_backend']}",),
         ("Data: ", Mono(meta["data"]), " (fingerprint ", Mono(meta["data_fingerprint"]),
          f", {meta['encoding']}): {format_count(meta['train_tokens'])} tokens to train on "
-         f"({passes:.2f} passes so far), {format_count(meta['val_tokens'])} to validate on"),
+         f"({passes:.2f} passes so far), {format_count(meta['val_tokens'])} to validate on"
+         + (", attention within documents" if meta.get("doc_mask") else "")),
     ]
     if meta.get("peak_flops") is None:
         lines.append(("MFU is not shown: the peak FLOP/s of this device are not known",))

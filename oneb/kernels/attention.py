@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from oneb.config import NARROW_HEAD_DIM
+from oneb.config import NARROW_HEAD_DIM, TILED_HEAD_DIM
+from oneb.kernels.documents import Documents, visible
 from oneb.kernels.narrow_attention import narrow_attention
 from oneb.kernels.null_attention import null_attention
 from oneb.kernels.runtime import triton_available
@@ -31,7 +32,7 @@ SDP_BACKENDS = {
 
 
 def choose_backend(
-    device: torch.device, dtype: torch.dtype, head_dim: int = 64, deterministic: bool = False
+    device: torch.device, dtype: torch.dtype, head_dim: int = 64, deterministic: bool = False, doc_mask: bool = False
 ) -> str:
     """Name of the fastest fused attention here: a key of :data:`SDP_BACKENDS`.
 
@@ -43,6 +44,8 @@ def choose_backend(
         head_dim: the wider of query and value heads. cuDNN trains heads up to 128 wide, FlashAttention up to 256.
         deterministic: leave cuDNN out. Its backward adds up in whatever order blocks finish, and torch cannot ask it
             for another; the others obey ``torch.use_deterministic_algorithms``.
+        doc_mask: attention stays within documents. Our own kernel does that for wider heads, too, and passes over what
+            is hidden; where it does not run, the memory-efficient kernel is given a mask.
     """
     if device.type == "cpu":
         return "cpu"
@@ -51,8 +54,10 @@ def choose_backend(
     major, _ = torch.cuda.get_device_capability(device)
     if dtype == torch.float32 or major < 8 or head_dim > 256:
         return "efficient"
-    if head_dim <= NARROW_HEAD_DIM and triton_available():
+    if head_dim <= (TILED_HEAD_DIM if doc_mask else NARROW_HEAD_DIM) and triton_available():
         return "narrow"
+    if doc_mask:
+        return "efficient"
     cudnn = major >= 9 and head_dim <= 128 and not deterministic and cudnn_attention_runs(device, dtype)
     return "cudnn" if cudnn else "flash"
 
@@ -71,16 +76,18 @@ def cudnn_attention_runs(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, null_k: Tensor | None, null_v: Tensor | None, backend: str
+    q: Tensor, k: Tensor, v: Tensor, null_k: Tensor | None, null_v: Tensor | None, backend: str,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Causal softmax attention, (B, H, T, Dv); with a null key/value (Hkv, D·) if one is given.
 
     Args:
         backend: from :func:`choose_backend`. Without a null key torch's own dispatcher picks the kernel;
             the trainer restricts it to the same backend.
+        documents: within which attention stays, (B, T).
     """
     if backend == "narrow":
-        return narrow_attention(q, k, v, null_k, null_v)
+        return narrow_attention(q, k, v, null_k, null_v, documents)
     width = v.shape[-1]
     wide = -(-max(q.shape[-1], width) // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
     q, k, v, null_k, null_v = (_pad_heads(x, wide) for x in (q, k, v, null_k, null_v))
@@ -89,11 +96,25 @@ def causal_attention(
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         if null_k is not None:
             null_k, null_v = null_k.repeat_interleave(repeats, dim=0), null_v.repeat_interleave(repeats, dim=0)
-    if null_k is not None:
+    if documents is not None:
+        out = _masked_attention(q, k, v, null_k, null_v, documents)
+    elif null_k is not None:
         out = null_attention(q, k, v, null_k, null_v, backend)
     else:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=k.shape[1] != q.shape[1])
     return out[..., :width]
+
+
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, null_k: Tensor | None, null_v: Tensor | None, documents: Documents
+) -> Tensor:
+    """By SDPA with a mask (B, 1, T, T), the null key before the others; O(T**2) memory, on any device."""
+    seen = visible(documents).unsqueeze(1)
+    if null_k is not None:
+        seen = F.pad(seen, (1, 0), value=True)
+        k, v = (torch.cat([null.to(x.dtype).expand(len(x), -1, -1).unsqueeze(2), x], dim=2)
+                for null, x in ((null_k, k), (null_v, v)))
+    return F.scaled_dot_product_attention(q, k, v, seen, scale=1.0, enable_gqa=k.shape[1] != q.shape[1])
 
 
 def _pad_heads(x: Tensor | None, width: int) -> Tensor | None:

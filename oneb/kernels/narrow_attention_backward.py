@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oneb.kernels.documents import Documents
 from oneb.kernels.narrow_attention_common import (
     LOG2E,
     Tiles,
     alignment,
+    by_width,
     constant,
+    document_keys,
+    document_queries,
     exp2,
     head_pointer,
     is_native,
@@ -32,14 +36,23 @@ from oneb.kernels.narrow_attention_common import (
     plain_integers,
     product,
     rows_of,
+    seen_keys,
     strides,
     widths,
 )
 from oneb.kernels.runtime import jit, tl
 
-# Candidates, the best guess first: each costs a compilation in a cold start.
-DKDV_TILES = (Tiles(32, 128, 2, 3), Tiles(64, 64, 2, 3), Tiles(32, 64, 2, 3))
-DQ_TILES = (Tiles(128, 32, 4, 2), Tiles(64, 32, 2, 2))
+# Candidates by the padded width of heads, the best guess first: each costs a compilation in a cold start.
+DKDV_TILES = {
+    32: (Tiles(32, 128, 2, 3), Tiles(64, 64, 2, 3), Tiles(32, 64, 2, 3)),
+    64: (Tiles(64, 128, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 128, 4, 2)),
+    128: (Tiles(64, 64, 8, 2), Tiles(32, 64, 4, 2)),
+}
+DQ_TILES = {
+    32: (Tiles(128, 32, 4, 2), Tiles(64, 32, 2, 2)),
+    64: (Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2)),
+    128: (Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2)),
+}
 _ROWS = 128  # rows that the row-wise kernel takes, and the multiple that its outputs are padded to
 # Minus the lse of rows past the end, where packed: probabilities vanish there, and bf16 holds it.
 _VANISH = constant(-1e30)
@@ -124,9 +137,9 @@ def _narrow_attention_rows_kernel(
 
 @jit
 def _dkdv_queries(
-    dk, dv, k, v, q, g, lse2_ptr, delta_ptr, dq_ptr, q_t, g_t, first_key, first, last, n_tokens,
+    dk, dv, k, v, q, g, lse2_ptr, delta_ptr, dq_ptr, q_t, g_t, ends, first_key, first, last, n_tokens,
     HEADS: tl.constexpr, QK_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, Q_ALIGN: tl.constexpr, DQ: tl.constexpr,
-    NATIVE: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr,
+    NATIVE: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, DOCS: tl.constexpr, MASKED: tl.constexpr,
 ):
     """dk and dv (fp32) with the terms of queries ``first .. last`` added; with ``DQ``, dq too, by atomics."""
     KEYS: tl.constexpr = k.shape[0]
@@ -143,8 +156,10 @@ def _dkdv_queries(
             queries = load_rows(q, start, q_t, n_tokens, QUERIES, QK_WIDTH, QK_PADDED, Q_ALIGN, True)
             dout = load_rows(g, start, g_t, n_tokens, QUERIES, V_WIDTH, V_PADDED, Q_ALIGN, True)
             scores = product(k, tl.trans(queries), None, NATIVE) * LOG2E - tl.load(lse2_ptr + rows)[None, :]
-        if CAUSAL:
+        if MASKED:
             seen = (start - first_key + tl.arange(0, QUERIES))[None, :] >= tl.arange(0, KEYS)[:, None]
+            if DOCS:
+                seen &= rows[None, :] < ends[:, None]
             scores = tl.where(seen, scores, float("-inf"))
         p = exp2(scores, NATIVE)
         dv = product(p.to(v.dtype), dout, dv, NATIVE)
@@ -163,12 +178,12 @@ def _dkdv_queries(
 
 @plain_integers
 def _narrow_attention_dkdv_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, lse2_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, ends_ptr, lse2_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
     g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     n_tokens, n_padded, n_batch_heads, heads_together, tuning_tokens,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, QK_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     QK_PADDED: tl.constexpr, V_PADDED: tl.constexpr, ALIGN: tl.constexpr, Q_ALIGN: tl.constexpr, DQ: tl.constexpr,
-    NATIVE: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    DOCS: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
     """dk and dv of one tile of keys, over all queries that see it; with ``DQ``, its share of dq as well.
 
@@ -194,6 +209,7 @@ def _narrow_attention_dkdv_kernel(
     dv = tl.zeros((KEYS, V_PADDED), tl.float32)
     diagonal = first_key // QUERIES * QUERIES
     below = tl.minimum(tl.cdiv(first_key + KEYS, QUERIES) * QUERIES, n_tokens)
+    ends, clear, last = document_queries(ends_ptr, batch, first_key, below, n_tokens, QUERIES, KEYS, DOCS)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         row_base = (tl.cast(batch, tl.int64) * HEADS + head) * n_padded
@@ -201,11 +217,15 @@ def _narrow_attention_dkdv_kernel(
         g = head_pointer(dout_ptr, batch, head, g_b, g_h, Q_ALIGN)
         dq = dq_ptr + (tl.cast(batch, tl.int64) * n_tokens * HEADS + head) * QK_WIDTH
         dk, dv = _dkdv_queries(
-            dk, dv, k, v, q, g, lse2_ptr + row_base, delta_ptr + row_base, dq, q_t, g_t, first_key,
-            diagonal, below, n_tokens, HEADS, QK_WIDTH, V_WIDTH, Q_ALIGN, DQ, NATIVE, PACKED, QUERIES, True)
+            dk, dv, k, v, q, g, lse2_ptr + row_base, delta_ptr + row_base, dq, q_t, g_t, ends, first_key,
+            diagonal, below, n_tokens, HEADS, QK_WIDTH, V_WIDTH, Q_ALIGN, DQ, NATIVE, PACKED, QUERIES, DOCS, True)
         dk, dv = _dkdv_queries(
-            dk, dv, k, v, q, g, lse2_ptr + row_base, delta_ptr + row_base, dq, q_t, g_t, first_key,
-            below, n_tokens, n_tokens, HEADS, QK_WIDTH, V_WIDTH, Q_ALIGN, DQ, NATIVE, PACKED, QUERIES, False)
+            dk, dv, k, v, q, g, lse2_ptr + row_base, delta_ptr + row_base, dq, q_t, g_t, ends, first_key,
+            below, clear, n_tokens, HEADS, QK_WIDTH, V_WIDTH, Q_ALIGN, DQ, NATIVE, PACKED, QUERIES, DOCS, False)
+        if DOCS:
+            dk, dv = _dkdv_queries(
+                dk, dv, k, v, q, g, lse2_ptr + row_base, delta_ptr + row_base, dq, q_t, g_t, ends, first_key,
+                clear, last, n_tokens, HEADS, QK_WIDTH, V_WIDTH, Q_ALIGN, DQ, NATIVE, PACKED, QUERIES, DOCS, True)
     keys = tl.cast(batch, tl.int64) * n_tokens + first_key + tl.arange(0, KEYS)
     inside = (first_key + tl.arange(0, KEYS) < n_tokens)[:, None]
     columns = tl.arange(0, QK_PADDED)[None, :]
@@ -218,21 +238,20 @@ def _narrow_attention_dkdv_kernel(
 
 @jit
 def _dq_keys(
-    dq, q, dout, kh, vh, k_t, v_t, lse2, delta, first_row, first, last, n_tokens,
+    dq, q, dout, kh, vh, k_t, v_t, lse2, delta, starts, first_row, first, last, n_tokens,
     QK_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr,
-    KEYS: tl.constexpr, CAUSAL: tl.constexpr,
+    KEYS: tl.constexpr, DOCS: tl.constexpr, MASKED: tl.constexpr,
 ):
     """dq (fp32) with the terms of keys ``first .. last`` added."""
     QUERIES: tl.constexpr = q.shape[0]
     QK_PADDED: tl.constexpr = q.shape[1]
     V_PADDED: tl.constexpr = dout.shape[1]
     for start in range(first, last, KEYS):
-        k = load_rows(kh, start, k_t, n_tokens, KEYS, QK_WIDTH, QK_PADDED, ALIGN, CAUSAL)
-        v = load_rows(vh, start, v_t, n_tokens, KEYS, V_WIDTH, V_PADDED, ALIGN, CAUSAL)
+        k = load_rows(kh, start, k_t, n_tokens, KEYS, QK_WIDTH, QK_PADDED, ALIGN, MASKED)
+        v = load_rows(vh, start, v_t, n_tokens, KEYS, V_WIDTH, V_PADDED, ALIGN, MASKED)
         scores = product(q, tl.trans(k), None, NATIVE) * LOG2E - lse2[:, None]  # (QUERIES, KEYS)
-        if CAUSAL:
-            seen = (first_row - start + tl.arange(0, QUERIES))[:, None] >= tl.arange(0, KEYS)[None, :]
-            scores = tl.where(seen, scores, float("-inf"))
+        if MASKED:
+            scores = tl.where(seen_keys(starts, first_row, start, QUERIES, KEYS, DOCS), scores, float("-inf"))
         p = exp2(scores, NATIVE)
         dscore = p * (product(dout, tl.trans(v), None, NATIVE) - delta[:, None])
         dq = product(dscore.to(k.dtype), k, dq, NATIVE)
@@ -241,12 +260,12 @@ def _dq_keys(
 
 @plain_integers
 def _narrow_attention_dq_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, null_k_ptr, null_v_ptr, lse2_ptr, delta_ptr, dq_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, null_k_ptr, null_v_ptr, starts_ptr, lse2_ptr, delta_ptr, dq_ptr,
     g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     n_tokens, n_padded, n_batch_heads, heads_together, tuning_tokens,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, QK_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    QK_PADDED: tl.constexpr, V_PADDED: tl.constexpr, ALIGN: tl.constexpr, NULL: tl.constexpr, NATIVE: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    QK_PADDED: tl.constexpr, V_PADDED: tl.constexpr, ALIGN: tl.constexpr, NULL: tl.constexpr, DOCS: tl.constexpr,
+    NATIVE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
     """dq of one tile of queries, over all keys that they see."""
     n_tiles = tl.cdiv(n_tokens, QUERIES)
@@ -275,13 +294,18 @@ def _narrow_attention_dq_kernel(
         dscore = p * (tl.sum(dout.to(tl.float32) * null_v[None, :], 1) - delta)
         dq = dscore[:, None] * null_k[None, :]
     diagonal = first_row // KEYS * KEYS
+    end = tl.minimum(first_row + QUERIES, n_tokens)
+    starts, lowest, clear = document_keys(starts_ptr, batch, first_row, end, n_tokens, QUERIES, KEYS, DOCS)
+    if DOCS:
+        dq = _dq_keys(
+            dq, q, dout, kh, vh, k_t, v_t, lse2, delta, starts, first_row, lowest, clear, n_tokens,
+            QK_WIDTH, V_WIDTH, ALIGN, NATIVE, KEYS, DOCS, True)
     dq = _dq_keys(
-        dq, q, dout, kh, vh, k_t, v_t, lse2, delta, first_row, 0, diagonal, n_tokens,
-        QK_WIDTH, V_WIDTH, ALIGN, NATIVE, KEYS, False)
+        dq, q, dout, kh, vh, k_t, v_t, lse2, delta, starts, first_row, clear, diagonal, n_tokens,
+        QK_WIDTH, V_WIDTH, ALIGN, NATIVE, KEYS, DOCS, False)
     dq = _dq_keys(
-        dq, q, dout, kh, vh, k_t, v_t, lse2, delta, first_row, diagonal,
-        tl.minimum(first_row + QUERIES, n_tokens), n_tokens,
-        QK_WIDTH, V_WIDTH, ALIGN, NATIVE, KEYS, True)
+        dq, q, dout, kh, vh, k_t, v_t, lse2, delta, starts, first_row, diagonal, end, n_tokens,
+        QK_WIDTH, V_WIDTH, ALIGN, NATIVE, KEYS, DOCS, True)
     at = tl.cast(batch, tl.int64) * n_tokens + rows
     pointers = dq_ptr + (at[:, None] * HEADS + head) * QK_WIDTH + columns[None, :]
     inside = (rows[:, None] < n_tokens) & (columns[None, :] < QK_WIDTH)
@@ -292,13 +316,15 @@ def _narrow_attention_dq_kernel(
 
 def narrow_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, null_k: Tensor | None, null_v: Tensor | None, out: Tensor,
-    lse: Tensor, deterministic: bool = False, dkdv_tiles: Tiles | None = None, dq_tiles: Tiles | None = None,
+    lse: Tensor, documents: Documents | None = None, deterministic: bool = False, dkdv_tiles: Tiles | None = None,
+    dq_tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dq, dk, dv, dnull_k, dnull_v), the first three (B, heads, T, D) views of contiguous (B, T, heads, D) memory.
 
     Args:
         dout: like ``out``, any strides.
         out, lse: as the forward returned them.
+        documents: as it got them.
         deterministic: the same bits every time, through a second kernel, instead of atomics for dq.
         dkdv_tiles, dq_tiles: fixed tiles instead of tuned ones.
     """
@@ -321,19 +347,19 @@ def narrow_attention_backward(
 
     common = {
         **shape, **rows, "k_ptr": k, "v_ptr": v, **strides("k", k, align), **strides("v", v, align),
-        "NATIVE": is_native(q),
+        "NATIVE": is_native(q), "DOCS": documents is not None,
     }
     launch(
-        _narrow_attention_dkdv_kernel, DKDV_TILES, dkdv_tiles,
+        _narrow_attention_dkdv_kernel, by_width(DKDV_TILES, q, v), dkdv_tiles,
         lambda _, keys: batch * kv_heads * -(-n_tokens // keys),
         {**common, **(packed or {**queries, "Q_ALIGN": align}), **order(k, v, kv_heads), "dk_ptr": dk, "dv_ptr": dv,
-         "DQ": not deterministic, "PACKED": packed is not None},
+         "ends_ptr": documents and documents.ends, "DQ": not deterministic, "PACKED": packed is not None},
         restored=() if deterministic else ("dq_ptr",))
     if deterministic:
         launch(
-            _narrow_attention_dq_kernel, DQ_TILES, dq_tiles,
+            _narrow_attention_dq_kernel, by_width(DQ_TILES, q, v), dq_tiles,
             lambda queries, _: batch * heads * -(-n_tokens // queries),
-            {**common, **queries, **order(k, v, heads), **nulls})
+            {**common, **queries, **order(k, v, heads), **nulls, "starts_ptr": documents and documents.starts})
     return dq.to(q.dtype).transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), *dnulls
 
 

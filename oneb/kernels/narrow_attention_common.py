@@ -95,6 +95,50 @@ def null_key(pointer, kv_head, WIDTH: tl.constexpr, PADDED: tl.constexpr):
 
 
 @jit
+def document_keys(
+    starts_ptr, batch, first_row, end, n_tokens, QUERIES: tl.constexpr, KEYS: tl.constexpr, DOCS: tl.constexpr,
+):
+    """Where the documents of queries ``first_row .. end`` begin, (QUERIES,); the first tile of keys that any of them
+    sees; and the first of those before the diagonal that all of them see whole."""
+    starts = tl.zeros((QUERIES,), tl.int32)
+    lowest, clear = 0, 0
+    if DOCS:
+        sequence = starts_ptr + tl.cast(batch, tl.int64) * n_tokens
+        rows = first_row + tl.arange(0, QUERIES)
+        starts = tl.load(sequence + rows, mask=rows < n_tokens, other=0)
+        lowest = tl.load(sequence + first_row) // KEYS * KEYS
+        clear = tl.minimum(tl.cdiv(tl.load(sequence + end - 1), KEYS) * KEYS, first_row // KEYS * KEYS)
+    return starts, lowest, clear
+
+
+@jit
+def document_queries(
+    ends_ptr, batch, first_key, below, n_tokens, QUERIES: tl.constexpr, KEYS: tl.constexpr, DOCS: tl.constexpr,
+):
+    """Where the documents of a tile of keys end, (KEYS,); and of the queries from ``below`` on, up to where all of them
+    see all of these keys, and up to where any of them sees any."""
+    ends = tl.zeros((KEYS,), tl.int32)
+    clear, last = n_tokens, n_tokens
+    if DOCS:
+        sequence = ends_ptr + tl.cast(batch, tl.int64) * n_tokens
+        keys = first_key + tl.arange(0, KEYS)
+        ends = tl.load(sequence + keys, mask=keys < n_tokens, other=0)
+        clear = tl.maximum(below, tl.load(sequence + first_key) // QUERIES * QUERIES)
+        last = tl.load(sequence + tl.minimum(first_key + KEYS, n_tokens) - 1)
+    return ends, clear, last
+
+
+@jit
+def seen_keys(starts, first_row, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr, DOCS: tl.constexpr):
+    """(QUERIES, KEYS): the keys that are not later than the query, and not of an earlier document."""
+    keys = tl.arange(0, KEYS)[None, :]
+    seen = (first_row - first_key + tl.arange(0, QUERIES))[:, None] >= keys
+    if DOCS:
+        seen &= (starts - first_key)[:, None] <= keys
+    return seen
+
+
+@jit
 def place(program, n_tiles, n_batch_heads, heads_together):
     """(tile, batch * heads + head) of a program: tile after tile of as many heads as L2 holds, then the next heads.
 
@@ -109,8 +153,13 @@ def place(program, n_tiles, n_batch_heads, heads_together):
 # ---- on the host -----------------------------------------------------------------------------------
 
 def padded_width(width: int) -> int:
-    """The width that tensor cores work on."""
-    return 16 if width <= 16 else 32
+    """The width that tensor cores work on: a power of two."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def by_width(tables: dict[int, tuple[Tiles, ...]], q: Tensor, v: Tensor) -> tuple[Tiles, ...]:
+    """The candidates for heads as wide as the wider of ``q`` and ``v``."""
+    return tables[max(min(tables), padded_width(max(q.shape[-1], v.shape[-1])))]
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -182,7 +231,7 @@ def _tuned(kernel: Any, table: tuple[Tiles, ...], restored: tuple[str, ...]) -> 
     configs = [
         triton.Config({"QUERIES": t.queries, "KEYS": t.keys}, num_warps=t.warps, num_stages=t.stages) for t in table
     ]
-    key = ["tuning_tokens", "QK_PADDED", "V_PADDED", "HEADS", "KV_HEADS"]
+    key = ["tuning_tokens", "QK_PADDED", "V_PADDED", "HEADS", "KV_HEADS", "DOCS"]
     options: dict[str, Any] = {"restore_value": list(restored)} if restored else {}
     if "cache_results" in inspect.signature(triton.autotune).parameters:
         options["cache_results"] = True

@@ -35,7 +35,7 @@ _GROUPS = 8  # tiles a program takes one after the other; a power of two
 
 def rotary_plain(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, scale: Tensor, n_heads: int, n_kv_heads: int,
-    head_dim: int, v_head_dim: int, tie_qk: bool,
+    head_dim: int, v_head_dim: int, tie_qk: bool, starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled and rotated queries, rotated keys, and values. Queries and keys *overwrite* their part of ``qkv``.
 
@@ -45,6 +45,7 @@ def rotary_plain(
         scale: (D,) or (H, D) fp32, multiplies queries before they are rotated.
         n_heads, n_kv_heads, head_dim, v_head_dim: H, K, D, V.
         tie_qk: queries are made from the keys' part (H = K), into memory of their own.
+        starts: (B, T) int32, the positions from which each token's own is counted (its document's start); None is 0.
 
     Returns:
         q (B, H, T, D), k (B, K, T, D), v (B, K, T, V): views of ``qkv`` with strides of (B, T, heads, entries)
@@ -52,14 +53,14 @@ def rotary_plain(
     """
     q, k, v = _parts(qkv, n_heads, n_kv_heads, head_dim, v_head_dim, tie_qk)
     source = k if tie_qk else q
-    q.copy_(_rotate(source.float() * scale, cos, sin))
-    k.copy_(_rotate(k.float(), cos, sin))
+    q.copy_(_rotate(source.float() * scale, cos, sin, starts))
+    k.copy_(_rotate(k.float(), cos, sin, starts))
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def rotary_backward_plain(
     dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor | None, cos: Tensor | None, sin: Tensor | None, scale: Tensor,
-    tie_qk: bool, cast: Float8Cast | None = None,
+    tie_qk: bool, cast: Float8Cast | None = None, starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of the projection's output, and of the logarithm of a per-head factor in ``scale``.
 
@@ -68,7 +69,7 @@ def rotary_backward_plain(
     Args:
         dq, dk, dv: (B, H, T, D), (B, K, T, D), (B, K, T, V); any strides but the last, which is 1.
         q: as the forward pass returned it, strides like dq's; None where no such gradient is wanted.
-        cos, sin, scale, tie_qk: as in the forward pass.
+        cos, sin, scale, tie_qk, starts: as in the forward pass.
         cast: makes dqkv fp8.
 
     Returns:
@@ -78,8 +79,8 @@ def rotary_backward_plain(
     dlog = None if q is None else (dq.float() * q.float()).sum((0, 2, 3))
     inverse = None if sin is None else -sin
     parts = [
-        _rotate(dq.transpose(1, 2).float(), cos, inverse) * scale,
-        _rotate(dk.transpose(1, 2).float(), cos, inverse), dv.transpose(1, 2).float(),
+        _rotate(dq.transpose(1, 2).float(), cos, inverse, starts) * scale,
+        _rotate(dk.transpose(1, 2).float(), cos, inverse, starts), dv.transpose(1, 2).float(),
     ]
     if tie_qk:
         parts[:2] = [parts[0] + parts[1]]
@@ -99,13 +100,16 @@ def _parts(
     return q, k, v
 
 
-def _rotate(wide: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+def _rotate(wide: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor | None) -> Tensor:
     """Rotate the last G entries of fp32 (B, T, heads, D)."""
     if cos is None or sin is None:
         return wide
     half = cos.shape[-1]
     sem, a, b = wide.split([wide.shape[-1] - 2 * half, half, half], dim=-1)
-    cos, sin = cos[:, None], sin[:, None]  # (T, 1, G/2)
+    if starts is not None:
+        rows = torch.arange(wide.shape[1], device=wide.device) - starts
+        cos, sin = cos[rows], sin[rows]  # (B, T, G/2)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (…, T, 1, G/2)
     return torch.cat([sem, a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
@@ -124,7 +128,11 @@ def _rows(group, n_tokens, seq_len, HEADS: tl.constexpr, TOKENS: tl.constexpr, H
 
 
 @jit
-def _angles(cos_ptr, sin_ptr, position, mask, HALF: tl.constexpr, HALF_P: tl.constexpr):
+def _angles(
+    cos_ptr, sin_ptr, starts_ptr, token, position, exists, mask, HALF: tl.constexpr, HALF_P: tl.constexpr,
+):
+    if starts_ptr is not None:
+        position -= tl.load(starts_ptr + token, mask=exists, other=0)
     offsets = position * HALF + tl.arange(0, HALF_P)[None, :]
     return tl.load(cos_ptr + offsets, mask=mask, other=0.0), tl.load(sin_ptr + offsets, mask=mask, other=0.0)
 
@@ -152,7 +160,7 @@ def _query_scales(
 
 @jit
 def _rotate_heads(
-    qkv_ptr, q_ptr, cos_ptr, sin_ptr, query_scale_ptr, program, n_tokens, seq_len, FIRST: tl.constexpr,
+    qkv_ptr, q_ptr, cos_ptr, sin_ptr, starts_ptr, query_scale_ptr, program, n_tokens, seq_len, FIRST: tl.constexpr,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BY_HEAD: tl.constexpr,
     TOKENS: tl.constexpr, HEADS_P: tl.constexpr, SEM_P: tl.constexpr, HALF_P: tl.constexpr, GROUPS: tl.constexpr,
 ):
@@ -175,7 +183,8 @@ def _rotate_heads(
             store(target + sem, x * sem_scale, mask, 1.0, 0.0)
         if HALF > 0:
             mask = exists & (pair < HALF)
-            cos, sin = _angles(cos_ptr, sin_ptr, position, mask, HALF, HALF_P)
+            token = group * TOKENS + local
+            cos, sin = _angles(cos_ptr, sin_ptr, starts_ptr, token, position, exists, mask, HALF, HALF_P)
             a = tl.load(source + SEM + pair, mask=mask, other=0.0).to(tl.float32)
             b = tl.load(source + SEM + HALF + pair, mask=mask, other=0.0).to(tl.float32)
             if q_ptr is not None:
@@ -187,7 +196,7 @@ def _rotate_heads(
 
 
 def _rotary_kernel(
-    qkv_ptr, q_ptr, cos_ptr, sin_ptr, query_scale_ptr, n_tokens, seq_len,
+    qkv_ptr, q_ptr, cos_ptr, sin_ptr, starts_ptr, query_scale_ptr, n_tokens, seq_len,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
     BY_HEAD: tl.constexpr, ROLES: tl.constexpr,
     HEADS_P: tl.constexpr, KV_HEADS_P: tl.constexpr, SEM_P: tl.constexpr, HALF_P: tl.constexpr,
@@ -196,11 +205,11 @@ def _rotary_kernel(
     program = tl.program_id(0) // ROLES
     if tl.program_id(0) % ROLES == 0:
         _rotate_heads(
-            qkv_ptr, q_ptr, cos_ptr, sin_ptr, query_scale_ptr, program, n_tokens, seq_len, 0,
+            qkv_ptr, q_ptr, cos_ptr, sin_ptr, starts_ptr, query_scale_ptr, program, n_tokens, seq_len, 0,
             WIDTH, HEADS, HEAD_DIM, HALF, BY_HEAD, TOKENS, HEADS_P, SEM_P, HALF_P, GROUPS)
     else:
         _rotate_heads(
-            qkv_ptr, None, cos_ptr, sin_ptr, None, program, n_tokens, seq_len, HEADS * HEAD_DIM,
+            qkv_ptr, None, cos_ptr, sin_ptr, starts_ptr, None, program, n_tokens, seq_len, HEADS * HEAD_DIM,
             WIDTH, KV_HEADS, HEAD_DIM, HALF, BY_HEAD, KV_TOKENS, KV_HEADS_P, SEM_P, HALF_P, KV_GROUPS)
 
 
@@ -223,7 +232,7 @@ def _store(ptr, value, mask, scale, bits, LARGEST: tl.constexpr):
 
 @jit
 def _head_gradients(
-    grad_ptr, grad_strides, more_ptr, more_strides, q_ptr, q_strides, cos_ptr, sin_ptr, query_scale_ptr,
+    grad_ptr, grad_strides, more_ptr, more_strides, q_ptr, q_strides, cos_ptr, sin_ptr, starts_ptr, query_scale_ptr,
     dqkv_ptr, partial_ptr, scale_ptr, amax_ptr, program, n_tokens, seq_len, FIRST: tl.constexpr,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BY_HEAD: tl.constexpr,
     LARGEST: tl.constexpr, ALIGN: tl.constexpr, TOKENS: tl.constexpr, HEADS_P: tl.constexpr, SEM_P: tl.constexpr,
@@ -254,7 +263,8 @@ def _head_gradients(
             bits = _store(target + sem, x, mask, scale, bits, LARGEST)
         if HALF > 0:
             mask = exists & (pair < SEM + HALF)
-            cos, sin = _angles(cos_ptr, sin_ptr, position, mask, HALF, HALF_P)
+            token = group * TOKENS + local
+            cos, sin = _angles(cos_ptr, sin_ptr, starts_ptr, token, position, exists, mask, HALF, HALF_P)
             a = tl.load(grad + pair, mask=mask, other=0.0).to(tl.float32)
             b = tl.load(grad + HALF + pair, mask=mask, other=0.0).to(tl.float32)
             if q_ptr is not None:
@@ -278,8 +288,8 @@ def _head_gradients(
 
 
 def _rotary_backward_kernel(
-    dq_ptr, dk_ptr, dv_ptr, q_ptr, cos_ptr, sin_ptr, query_scale_ptr, dqkv_ptr, partial_ptr, scale_ptr, amax_ptr,
-    n_tokens, seq_len, dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, q_b, q_h, q_t,
+    dq_ptr, dk_ptr, dv_ptr, q_ptr, cos_ptr, sin_ptr, starts_ptr, query_scale_ptr, dqkv_ptr, partial_ptr, scale_ptr,
+    amax_ptr, n_tokens, seq_len, dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, q_b, q_h, q_t,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
     VALUE_DIM: tl.constexpr, BY_HEAD: tl.constexpr, TIED: tl.constexpr, LARGEST: tl.constexpr, ALIGN: tl.constexpr,
     HEADS_P: tl.constexpr, KV_HEADS_P: tl.constexpr, SEM_P: tl.constexpr, HALF_P: tl.constexpr, VALUE_P: tl.constexpr,
@@ -292,18 +302,19 @@ def _rotary_backward_kernel(
     if role == 0:
         _head_gradients(
             dq_ptr, (dq_b, dq_h, dq_t), dk_ptr if TIED else None, dk_strides, q_ptr, (q_b, q_h, q_t),
-            cos_ptr, sin_ptr, query_scale_ptr, dqkv_ptr, partial_ptr, scale_ptr, amax_ptr, program, n_tokens, seq_len,
-            0, WIDTH, HEADS, HEAD_DIM, HALF, BY_HEAD, LARGEST, ALIGN, TOKENS, HEADS_P, SEM_P, HALF_P, GROUPS)
+            cos_ptr, sin_ptr, starts_ptr, query_scale_ptr, dqkv_ptr, partial_ptr, scale_ptr, amax_ptr, program,
+            n_tokens, seq_len, 0, WIDTH, HEADS, HEAD_DIM, HALF, BY_HEAD, LARGEST, ALIGN, TOKENS, HEADS_P, SEM_P, HALF_P,
+            GROUPS)
     elif role == 1:  # values: heads of which nothing is rotated
         _head_gradients(
             dv_ptr, dv_strides, None, dv_strides, None, dv_strides,
-            None, None, None, dqkv_ptr, None, scale_ptr, amax_ptr, program, n_tokens, seq_len,
+            None, None, None, None, dqkv_ptr, None, scale_ptr, amax_ptr, program, n_tokens, seq_len,
             KEYS + KV_HEADS * HEAD_DIM, WIDTH, KV_HEADS, VALUE_DIM, 0, BY_HEAD, LARGEST, ALIGN, KV_TOKENS, KV_HEADS_P,
             VALUE_P, 1, KV_GROUPS)
     else:
         _head_gradients(
             dk_ptr, dk_strides, None, dk_strides, None, dk_strides,
-            cos_ptr, sin_ptr, None, dqkv_ptr, None, scale_ptr, amax_ptr, program, n_tokens, seq_len,
+            cos_ptr, sin_ptr, starts_ptr, None, dqkv_ptr, None, scale_ptr, amax_ptr, program, n_tokens, seq_len,
             KEYS, WIDTH, KV_HEADS, HEAD_DIM, HALF, BY_HEAD, LARGEST, ALIGN, KV_TOKENS, KV_HEADS_P, SEM_P, HALF_P,
             KV_GROUPS)
 
@@ -331,7 +342,7 @@ def _tile_arguments(heads: int, kv_heads: int, head_dim: int, cos: Tensor | None
 
 def rotary_fused(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, scale: Tensor, n_heads: int, n_kv_heads: int,
-    head_dim: int, v_head_dim: int, tie_qk: bool,
+    head_dim: int, v_head_dim: int, tie_qk: bool, starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`rotary_plain` as one Triton kernel, which leaves values alone."""
     q, k, v = _parts(qkv, n_heads, n_kv_heads, head_dim, v_head_dim, tie_qk)
@@ -340,7 +351,7 @@ def rotary_fused(
     roles = 1 if tie_qk or cos is None else 2  # keys are a role unless queries bring them along or nothing changes them
     n_programs = triton.cdiv(n_tokens, tiles["TOKENS"] * _GROUPS)
     _rotary_kernel[(n_programs * roles,)](
-        qkv, q if tie_qk else None, cos, sin, scale, n_tokens, seq_len,
+        qkv, q if tie_qk else None, cos, sin, starts, scale, n_tokens, seq_len,
         WIDTH=qkv.shape[2], ROLES=roles, num_warps=_NUM_WARPS, **tiles,
     )
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -348,7 +359,7 @@ def rotary_fused(
 
 def rotary_backward_fused(
     dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor | None, cos: Tensor | None, sin: Tensor | None, scale: Tensor,
-    tie_qk: bool, cast: Float8Cast | None = None,
+    tie_qk: bool, cast: Float8Cast | None = None, starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`rotary_backward_plain` as one Triton kernel; the temperatures' gradient is summed in a fixed order."""
     batch, heads, seq_len, head_dim = dq.shape
@@ -363,7 +374,7 @@ def rotary_backward_fused(
     n_programs = triton.cdiv(batch * seq_len, tiles["TOKENS"] * _GROUPS)
     partial = None if q is None else scale.new_empty(n_programs, heads)
     _rotary_backward_kernel[(n_programs * (2 if tie_qk else 3),)](
-        dq, dk, dv, q, cos, sin, scale, dqkv, partial, n_tokens=batch * seq_len, seq_len=seq_len,
+        dq, dk, dv, q, cos, sin, starts, scale, dqkv, partial, n_tokens=batch * seq_len, seq_len=seq_len,
         **{name: stride // align for name, stride in zip(_STRIDES, strides, strict=True)},
         WIDTH=width, VALUE_DIM=value_dim, VALUE_P=triton.next_power_of_2(value_dim), TIED=tie_qk, ALIGN=align,
         num_warps=_NUM_WARPS, **tiles, **cast_arguments(cast),
@@ -373,17 +384,17 @@ def rotary_backward_fused(
 
 def rotary(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, scale: Tensor, n_heads: int, n_kv_heads: int,
-    head_dim: int, v_head_dim: int, tie_qk: bool,
+    head_dim: int, v_head_dim: int, tie_qk: bool, starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q, k, v) as :func:`rotary_plain` describes, by the kernel where it runs; overwrites ``qkv``."""
     function = rotary_fused if runs_fused(qkv) else rotary_plain
-    return function(qkv, cos, sin, scale, n_heads, n_kv_heads, head_dim, v_head_dim, tie_qk)
+    return function(qkv, cos, sin, scale, n_heads, n_kv_heads, head_dim, v_head_dim, tie_qk, starts)
 
 
 def rotary_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor | None, cos: Tensor | None, sin: Tensor | None, scale: Tensor,
-    tie_qk: bool, cast: Float8Cast | None = None,
+    tie_qk: bool, cast: Float8Cast | None = None, starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(dqkv, dlog_temperature) as :func:`rotary_backward_plain` describes, by the kernel where it runs."""
     function = rotary_backward_fused if runs_fused(dq) else rotary_backward_plain
-    return function(dq, dk, dv, q, cos, sin, scale, tie_qk, cast)
+    return function(dq, dk, dv, q, cos, sin, scale, tie_qk, cast, starts)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from oneb.accounting import qkv_widths
 from oneb.config import ModelConfig
 from oneb.kernels.attention import cached_attention, causal_attention
+from oneb.kernels.documents import Documents
 from oneb.model.kv_cache import LayerCache
-from oneb.model.layers import Linear, Rotary, rotate
+from oneb.model.layers import Linear, Positions, rotate
 
 
 class Attention(nn.Module):
@@ -41,28 +42,28 @@ class Attention(nn.Module):
             self.null_v = nn.Parameter(torch.zeros(config.n_kv_heads, config.v_head_dim))
             self.null_k.no_weight_decay = self.null_v.no_weight_decay = True
 
-    def forward(self, x: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """Attend; with ``cache``, the cached tokens come first and ``x`` is appended to them."""
-        q, k, v = self.project(x, rotary)
+        q, k, v = self.project(x, positions)
         if cache is None:
-            y = self.attend(q, k, v)
+            y = self.attend(q, k, v, positions.documents)
         else:
             y = cached_attention(q, *cache.append(k, v), *self.null()).transpose(1, 2).flatten(2)
         return self.out(y)  # (B, T, H * V) -> (B, T, d_model)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         """Causal attention of what :meth:`project` gives, heads side by side: (B, T, H * V)."""
-        y = causal_attention(q, k, v, *self.null(), self.backend)  # (B, H, T, V)
+        y = causal_attention(q, k, v, *self.null(), self.backend, documents)  # (B, H, T, V)
         return y.transpose(1, 2).flatten(2)
 
-    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled and rotated queries (B, H, T, D), rotated keys (B, K, T, D), values (B, K, T, V)."""
         c = self.config
         q, k, v = self.qkv(x).split(qkv_widths(c), dim=-1)
         k = k.unflatten(-1, (c.n_kv_heads, c.qk_head_dim))  # (B, T, K, D)
         v = v.unflatten(-1, (c.n_kv_heads, c.v_head_dim))  # (B, T, K, V)
         q = k if c.tie_qk else q.unflatten(-1, (c.n_heads, c.qk_head_dim))  # (B, T, H, D)
-        q, k = rotate(q, rotary, scale=self.query_scale(x.device)), rotate(k, rotary)
+        q, k = rotate(q, positions, scale=self.query_scale(x.device)), rotate(k, positions)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def null(self) -> tuple[Tensor | None, Tensor | None]:

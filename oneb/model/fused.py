@@ -25,7 +25,7 @@ from oneb.kernels.products import Product
 from oneb.kernels.rms_norm import rms_norm, rms_norm_backward
 from oneb.kernels.rotary import rotary, rotary_backward
 from oneb.kernels.swiglu import swiglu, swiglu_backward
-from oneb.model.layers import RMSNorm, Rotary
+from oneb.model.layers import Positions, RMSNorm
 
 if TYPE_CHECKING:
     from oneb.model.transformer import Block
@@ -46,13 +46,14 @@ def block_matrices(block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return block.attention.qkv.weight, block.attention.out.weight, ff.gate_up.weight, ff.down.weight
 
 
-def fused_block(block: Block, x: Tensor, table: Rotary, products: BlockProducts) -> Tensor:
-    """``block(x, table)``, (B, T, d) -> (B, T, d), with the backward of this file."""
+def fused_block(block: Block, x: Tensor, positions: Positions, products: BlockProducts) -> Tensor:
+    """``block(x, positions)``, (B, T, d) -> (B, T, d), with the backward of this file."""
     attention = block.attention
     qkv, out, gate_up, down = block_matrices(block)
     temperature = getattr(attention, "log_temperature", None)
-    x, q, k, v = _BeforeAttention.apply(x, block.attention_norm.weight, qkv, temperature, block, table, products.qkv)
-    y = attention.attend(q, k, v)  # (B, T, H * V)
+    x, q, k, v = _BeforeAttention.apply(x, block.attention_norm.weight, qkv, temperature, block, positions,
+                                        products.qkv)
+    y = attention.attend(q, k, v, positions.documents)  # (B, T, H * V)
     return _AfterAttention.apply(x, y, block.feed_forward_norm.weight, out, gate_up, down, block, products)
 
 
@@ -79,23 +80,25 @@ class _BeforeAttention(torch.autograd.Function):
     """x -> (x, q, k, v). ``x`` passes through so that both of its gradients meet in the norm's backward kernel."""
 
     @staticmethod
-    def forward(ctx, x, norm_weight, qkv_weight, log_temperature, block, table, product):
+    def forward(ctx, x, norm_weight, qkv_weight, log_temperature, block, positions, product):
         c, norm = block.attention.config, block.attention_norm
         _, h, rstd = rms_norm(x.flatten(0, 1), norm_weight, norm.eps, cast=product.x_cast)  # (N, d)
         qkv = product.forward(h).view(*x.shape[:2], sum(qkv_widths(c)))
         scale = block.attention.query_scale(x.device)
-        q, k, v = rotary(qkv, table.cos, table.sin, scale, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads,
-                         head_dim=c.qk_head_dim, v_head_dim=c.v_head_dim, tie_qk=c.tie_qk)
+        starts = positions.documents.starts if positions.documents else None
+        q, k, v = rotary(qkv, positions.cos, positions.sin, scale, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads,
+                         head_dim=c.qk_head_dim, v_head_dim=c.v_head_dim, tie_qk=c.tie_qk, starts=starts)
         ctx.save_for_backward(x, norm_weight, rstd, h, q, scale)
-        ctx.table, ctx.product, ctx.tie_qk, ctx.learned_temp = table, product, c.tie_qk, c.learned_temp
+        ctx.positions, ctx.starts, ctx.product = positions, starts, product
+        ctx.tie_qk, ctx.learned_temp = c.tie_qk, c.learned_temp
         return x.view_as(x), q, k, v
 
     @staticmethod
     def backward(ctx, dx, dq, dk, dv):
         x, norm_weight, rstd, h, q, scale = ctx.saved_tensors
-        table, product = ctx.table, ctx.product
-        dqkv, dlog_temperature = rotary_backward(dq, dk, dv, q, table.cos, table.sin, scale, tie_qk=ctx.tie_qk,
-                                                 cast=product.dy_cast)
+        product = ctx.product
+        dqkv, dlog_temperature = rotary_backward(dq, dk, dv, q, ctx.positions.cos, ctx.positions.sin, scale,
+                                                 tie_qk=ctx.tie_qk, cast=product.dy_cast, starts=ctx.starts)
         dh, dqkv_weight = product.backward(dqkv.flatten(0, 1), h)
         dx, dnorm_weight = rms_norm_backward(dh, x.flatten(0, 1), norm_weight, rstd, dtotal=dx.flatten(0, 1))
         return (dx.view_as(x), dnorm_weight, dqkv_weight, dlog_temperature if ctx.learned_temp else None,

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oneb.kernels.documents import Documents
+
 
 class Linear(nn.Module):
     """``x @ weight.T`` without bias; weight (out_features, in_features)."""
@@ -51,33 +53,46 @@ class FeedForward(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
-class Rotary(NamedTuple):
-    """Cosines and sines of the positions at hand, each (T, G/2) fp32; both None without RoPE."""
+class Positions(NamedTuple):
+    """What blocks know of where tokens stand.
+
+    Attributes:
+        cos, sin: RoPE's table for the positions at hand, each (T, G/2) fp32; both None without RoPE.
+        documents: within which attention stays and from whose starts RoPE counts, (B, T); None takes a sequence as one.
+    """
 
     cos: Tensor | None
     sin: Tensor | None
+    documents: Documents | None = None
 
-    def slice(self, start: int, stop: int) -> Rotary:
+    def slice(self, start: int, stop: int) -> Positions:
         """The rows of positions ``start .. stop - 1``."""
-        return self if self.cos is None else Rotary(self.cos[start:stop], self.sin[start:stop])
+        return self if self.cos is None else self._replace(cos=self.cos[start:stop], sin=self.sin[start:stop])
+
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of each token, (T, G/2) or, with documents, (B, T, G/2)."""
+        if self.documents is None:
+            return self.cos, self.sin
+        rows = self.documents.positions
+        return self.cos[rows], self.sin[rows]
 
 
-def rotary_table(width: int, max_seq_len: int, device: torch.device, base: float = 10000.0) -> Rotary:
+def rotary_table(width: int, max_seq_len: int, device: torch.device, base: float = 10000.0) -> Positions:
     """RoPE's angles (Su et al. 2021, arXiv 2104.09864) for ``width`` entries a head; Llama's halves are pairs."""
     frequencies = base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
     angles = torch.outer(torch.arange(max_seq_len, device=device, dtype=torch.float64), frequencies)
-    return Rotary(angles.cos().float(), angles.sin().float())
+    return Positions(angles.cos().float(), angles.sin().float())
 
 
-def rotate(x: Tensor, rotary: Rotary, scale: Tensor | None = None) -> Tensor:
+def rotate(x: Tensor, positions: Positions, scale: Tensor | None = None) -> Tensor:
     """Rotate the last G entries of each head of ``x`` (B, T, heads, S + G), after multiplying by ``scale``.
 
     Scaling and rotation happen in fp32 and round once.
     """
     wide = x.float() if scale is None else x.float() * scale
-    if rotary.cos is None:
+    if positions.cos is None:
         return wide.to(x.dtype)
-    half = rotary.cos.shape[-1]
-    cos, sin = rotary.cos[:, None], rotary.sin[:, None]  # (T, 1, G/2)
+    half = positions.cos.shape[-1]
+    cos, sin = (angle.unsqueeze(-2) for angle in positions.angles())  # (…, T, 1, G/2)
     sem, a, b = wide.split([x.shape[-1] - 2 * half, half, half], dim=-1)
     return torch.cat([sem, a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

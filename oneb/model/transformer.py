@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from oneb.config import ModelConfig
+from oneb.kernels.documents import documents_of
 from oneb.kernels.loss_head import head_loss
 from oneb.kernels.products import Product, Product16
 from oneb.model.attention import Attention
 from oneb.model.float8_state import Float8State
 from oneb.model.fused import BlockProducts, block_matrices, fused_block, fused_norm
 from oneb.model.kv_cache import KVCache, LayerCache
-from oneb.model.layers import FeedForward, Linear, RMSNorm, Rotary, rotary_table
+from oneb.model.layers import FeedForward, Linear, Positions, RMSNorm, rotary_table
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -37,11 +38,11 @@ class Block(nn.Module):
         # argument, since a reference to it from here would keep a discarded model's memory until the next collection.
         self.products: Callable[[Block], tuple[Product, ...]] | None = None
 
-    def forward(self, x: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """One block; ``cache`` is for generation."""
         if self.products and cache is None:
-            return fused_block(self, x, rotary, BlockProducts(*self.products(self)))
-        x = x + self.attention(self.attention_norm(x), rotary, cache)
+            return fused_block(self, x, positions, BlockProducts(*self.products(self)))
+        x = x + self.attention(self.attention_norm(x), positions, cache)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -54,11 +55,13 @@ class Transformer(nn.Module):
         self.compute_dtype = compute_dtype
         self.recomputed_layers = 0  # so many of the first blocks keep their input only, and run again backward
         self.fused = False
+        # The id that opens documents, where attention is to stay within them; None lets it reach over whole sequences.
+        self.document_opening: int | None = None
         # Its rows are also the output head. The last ones only pad the vocabulary to a multiple of 128.
         self.embedding = nn.Parameter(torch.empty(config.padded_vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model)
-        self.rotary = Rotary(None, None)
+        self.rotary = Positions(None, None)
 
     @property
     def device(self) -> torch.device:
@@ -67,15 +70,22 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) -> normalised hidden states (B, T, d_model), in the compute dtype."""
-        start = cache.length if cache else 0
-        rotary = self.rotary.slice(start, start + tokens.shape[1])
+        positions = self.positions(tokens, cache)
         x = F.embedding(tokens, self.embedding).to(self.compute_dtype)
         for index, block in enumerate(self.blocks):
             if index < self.recomputed_layers and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, positions, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, rotary, cache.layers[index] if cache else None)
+                x = block(x, positions, cache.layers[index] if cache else None)
         return fused_norm(self.norm, x) if self.fused and cache is None else self.norm(x)
+
+    def positions(self, tokens: Tensor, cache: KVCache | None = None) -> Positions:
+        """Where ids (B, T) stand: behind what ``cache`` holds, or else in their documents, if it matters."""
+        start = cache.length if cache else 0
+        positions = self.rotary.slice(start, start + tokens.shape[1])
+        if self.document_opening is None or cache is not None:
+            return positions
+        return positions._replace(documents=documents_of(tokens, self.document_opening))
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean next-token cross-entropy, fp32 scalar, of windows (B, T + 1): inputs and, shifted by one, targets."""

@@ -21,6 +21,7 @@ class Progress:
         train: the latest train row, or None.
         evals: all evaluation rows of this process.
         losses: the training losses so far, without those that are not finite.
+        data: how many files of the data are there ("3/11"), while it arrives.
     """
 
     def __init__(self, steps: int, step: int, total_tokens: int | None) -> None:
@@ -28,6 +29,7 @@ class Progress:
         self.train: dict[str, Any] | None = None
         self.evals: list[dict[str, Any]] = []
         self.losses: list[float] = []
+        self.data: str | None = None
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT_ROWS)
 
     @property
@@ -97,6 +99,10 @@ class Display:
     def status(self, text: str) -> None:
         """Show what is being waited for ("compiling", "evaluating"), until the next row or message."""
 
+    def waiting(self, text: str, seconds: float) -> None:
+        """Show what has been waited for so long; called about once a second."""
+        self.status(text)
+
     def advance(self, step: int) -> None:
         """``step`` steps are done. For every step: costs a clock reading when there is nothing to redraw."""
 
@@ -132,7 +138,7 @@ class Display:
 # ---- text
 
 # Figures that a narrow line leaves out, the first to go first.
-_DISPENSABLE = ("memory", "lr", "mfu", "val", "skipped", "eta", "tok_s", "loss")
+_DISPENSABLE = ("memory", "lr", "mfu", "data", "val", "skipped", "eta", "tok_s", "loss")
 
 
 def figures(progress: Progress) -> dict[str, str]:
@@ -140,6 +146,8 @@ def figures(progress: Progress) -> dict[str, str]:
     texts = {"step": f"{progress.step:>{len(str(progress.steps))}}/{progress.steps}"}
     if progress.eval:
         texts["val"] = f"val {loss_text(progress.eval['val_loss'])}"
+    if progress.data:
+        texts["data"] = f"data {progress.data}"
     row = progress.train
     if row is None:
         return texts
@@ -193,7 +201,8 @@ def meta_lines(row: dict[str, Any]) -> list[str]:
         f"{row['device']}: weights {row['param_dtype']}, {products}compute {row['compute_dtype']}, "
         f"attention {row['attention_backend']}, torch {row['torch']}",
         f"{row['data']}: {format_count(row['train_tokens'])} tokens to train on, "
-        f"{format_count(row['val_tokens'])} to validate on",
+        f"{format_count(row['val_tokens'])} to validate on"
+        + (", attention within documents" if row.get("doc_mask") else ""),
     ]
 
 

@@ -13,6 +13,7 @@ from oneb import __version__, accounting
 from oneb.config import BYTE_VOCAB_SIZE, EVAL_ITER_TOKENS, GPT2_VOCAB_SIZE, Config, compute_dtype, device_defaults
 from oneb.data.named import open_data
 from oneb.data.order import BatchOrder
+from oneb.data.tokenizer import BytesTokenizer, Gpt2Tokenizer
 from oneb.data.tokens import Tokens
 from oneb.errors import OnebError
 from oneb.fit import Fit, fit
@@ -80,7 +81,7 @@ def build(config: Config, say: Callable[[str], None]) -> Parts:
         notes.append(f"the run reads its {n_train:,} training tokens {epochs:.1f} times")
     dtype = DTYPES[compute_dtype(train)]
     head_dim = max(config.model.qk_head_dim, config.model.v_head_dim)
-    backend = choose_backend(device.torch, dtype, head_dim, train.deterministic)
+    backend = choose_backend(device.torch, dtype, head_dim, train.deterministic, config.data.doc_mask)
     if (backend == "flash" and head_dim <= 128 and not train.deterministic
             and torch.cuda.get_device_capability(device.torch)[0] >= 9):
         notes.append("cuDNN's attention does not run here (is another cuDNN on the library path?): FlashAttention 2 "
@@ -90,6 +91,9 @@ def build(config: Config, say: Callable[[str], None]) -> Parts:
     torch.utils.deterministic.fill_uninitialized_memory = False
     model = build_model(config.model, device=device.torch, param_dtype=DTYPES[train.param_dtype],
                         compute_dtype=dtype, seed=train.seed, backend=backend)
+    encoding = tokens.encoding or {BYTE_VOCAB_SIZE: "bytes", GPT2_VOCAB_SIZE: "gpt2"}.get(config.model.vocab_size)
+    if config.data.doc_mask:
+        model.document_opening = _end_of_text(tokens, encoding)
     float8 = Float8State([block_matrices(block) for block in model.blocks], dtype) if train.precision == "fp8" else None
     if train.fused_blocks:
         model.fuse(float8)
@@ -99,7 +103,6 @@ def build(config: Config, say: Callable[[str], None]) -> Parts:
     optimizer = build_optimizer(model.named_parameters(), kind=optim.optimizer, betas=optim.betas, eps=optim.eps,
                                 weight_decay=optim.weight_decay, seed=train.seed, fused=optim.fused)
     scaler = LossScaler(enabled=dtype == torch.float16, device=device.torch)
-    encoding = tokens.encoding or {BYTE_VOCAB_SIZE: "bytes", GPT2_VOCAB_SIZE: "gpt2"}.get(config.model.vocab_size)
     return Parts(config, device, fitted, tokens, encoding, order, validation, model, optimizer, scaler, float8,
                  backend, notes)
 
@@ -133,12 +136,24 @@ def describe(parts: Parts, start_step: int) -> dict[str, Any]:
         "compile": config.train.compile,
         "optimizer_fused": parts.optimizer.fused,
         "data": config.data.path,
+        "doc_mask": config.data.doc_mask,
         "data_fingerprint": parts.tokens.fingerprint,
         "train_tokens": parts.validation.n_train,
         "val_tokens": parts.validation.n_val,
         "encoding": parts.encoding,
         "peak_flops": parts.device.gpu.flops_16bit if parts.device.gpu else None,
     }
+
+
+def _end_of_text(tokens: Tokens, encoding: str | None) -> int:
+    """The id between documents. Raises OnebError where nothing says which."""
+    known = {tokenizer.name: tokenizer.eot for tokenizer in (Gpt2Tokenizer, BytesTokenizer)}
+    found = tokens.eot if tokens.eot is not None else known.get(encoding)
+    if found is None:
+        raise OnebError(f"--doc-mask needs the id that ends documents, and no .meta file beside {tokens.files[0]} "
+                        "names it; wanted a line `eot: ID` in it, as prepare_fineweb.py writes. Make the data with "
+                        "it, add the line, or leave out --doc-mask")
+    return found
 
 
 def _check_torch() -> None:
