@@ -35,12 +35,15 @@ def matmul_parameters(model: ModelConfig) -> int:
     return model.n_layers * per_layer + model.vocab_size * d
 
 
-def flops_per_token(model: ModelConfig, seq_len: int) -> float:
+def flops_per_token(model: ModelConfig, seq_len: int, doc_mask: bool = False) -> float:
     """Training FLOPs a token: 6 x matmul parameters + causal attention.
 
     The convention of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) with the attention term
-    halved, since a causal query meets half of the keys on average. Recomputation does not count.
+    halved, since a causal query meets half of the keys on average. Recomputation does not count. Nor does attention
+    within documents (``doc_mask``), which depends on their lengths: an MFU from it is a little low, never too high.
     """
+    if doc_mask:
+        return 6.0 * matmul_parameters(model)
     # Forward: 2 FLOPs x seq_len/2 keys x (scores + weighted values); backward twice that.
     attention = 3 * seq_len * model.n_heads * (model.qk_head_dim + model.v_head_dim)
     return 6 * matmul_parameters(model) + model.n_layers * attention

@@ -238,7 +238,7 @@ def _phases(config: Config, gpu: Gpu | None, fit: Fit | None) -> tuple[Phase, ..
         phases.append(Phase(
             seq_len=seq_len, first_step=start, steps=end - start, sequences=train.sequences(seq_len),
             tokens_per_step=per_step, tokens=(end - start) * per_step,
-            flops_per_token=accounting.flops_per_token(config.model, seq_len), **chosen,
+            flops_per_token=accounting.flops_per_token(config.model, seq_len, config.data.doc_mask), **chosen,
         ))
     return tuple(phases)
 
@@ -291,4 +291,5 @@ def mfu(config: Config, tokens_per_s: float, seq_len: int, gpu: Gpu | None) -> f
 
     Of the 16-bit peak, for fp8 runs too: so their figure compares with those of 16-bit ones, and may pass 1.
     """
-    return gpu and tokens_per_s * accounting.flops_per_token(config.model, seq_len) / gpu.flops_16bit
+    flops = accounting.flops_per_token(config.model, seq_len, config.data.doc_mask)
+    return gpu and tokens_per_s * flops / gpu.flops_16bit

@@ -175,6 +175,31 @@ def test_a_run_within_documents(tmp_path):
         run(again, **given, steps=8, resume=True, ckpt=saved)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("given", [
+    {"variant": "baseline", "deterministic": True}, {"variant": "decoupled", "deterministic": True},
+    {"variant": "gqa", "precision": "fp8", "n_heads": 8}, {"variant": "baseline", "precision": "fp16"},
+    {"variant": "bottleneck", "precision": "fp32"},
+    {"variant": "baseline", "grad_checkpoint": "all", "null_attn": True},
+])
+def test_runs_on_a_gpu(tmp_path, given):
+    """As many ways as there are: the loss falls as it does in fp32 on the CPU, and a resumed run is the same run."""
+    given = short_documents(tmp_path, eot=299) | {"d_model": 128, "n_heads": 2, "d_ff": 256, "device": "cuda"} | given
+    if given.get("precision") == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 products need compute capability 8.9")
+    directory, rows = run(tmp_path, **given, doc_mask=True, eval_every=0, save_every=6)
+    on_cpu = {"device": "cpu", "precision": "fp32", "deterministic": False, "tag": "cpu"}
+    _, expected = run(tmp_path, **given | on_cpu, doc_mask=True, eval_every=0)
+    for step, loss in losses(expected).items():
+        assert losses(rows)[step] == pytest.approx(loss, rel=0.02), step
+    if given.get("deterministic"):
+        again = tmp_path / "again"
+        again.mkdir()
+        resumed, _ = run(again, **given, doc_mask=True, eval_every=0, resume=True,
+                         ckpt=str(directory / "step00000006.pt"))
+        assert_same_weights(weights(resumed), weights(directory))
+
+
 def test_data_must_say_what_ends_documents(tmp_path):
     with pytest.raises(OnebError, match=r"--doc-mask needs the id that ends documents.*`eot: ID`"):
         run(tmp_path, **short_documents(tmp_path), doc_mask=True)

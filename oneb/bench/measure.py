@@ -254,7 +254,7 @@ def _identity(parts: Parts, phase: PhaseFit, settings: Settings) -> Row:
     config, train, seq_len = parts.config, parts.config.train, phase.seq_len
     return {
         "parameters": sum(accounting.parameter_counts(config.model).values()),
-        "flops_per_token": accounting.flops_per_token(config.model, seq_len),
+        "flops_per_token": accounting.flops_per_token(config.model, seq_len, config.data.doc_mask),
         "batch_size": phase.batch_size, "grad_accum": phase.grad_accum, "recomputed_layers": phase.recomputed_layers,
         "warmup": settings.warmup,
         "tokens_per_step": train.sequences(seq_len) * seq_len, "data": Path(settings.data).name,

@@ -17,6 +17,7 @@ from oneb.files import sha256_file
 from oneb.units import format_count
 
 RANDOM_TOKENS = "random_tokens.npy"
+_DOCUMENT_TOKENS = 1000  # on average, about as in FineWeb-Edu
 
 
 class Parent:
@@ -110,7 +111,7 @@ class Parent:
         return words + (["--", *self.further] if self.further else [])
 
     def _write_random_tokens(self) -> None:
-        """A token file as long as the longest run reads, once for all children."""
+        """A token file as long as the longest run reads, once for all children; in documents, for ``--doc-mask``."""
         import numpy as np
 
         points = [point for task in self.tasks for point in task]
@@ -120,9 +121,12 @@ class Parent:
         vocabulary = configuration(points[0], self.settings, "runs").model.vocab_size
         dtype = np.uint16 if vocabulary <= 2**16 else np.uint32
         path = self._folder / RANDOM_TOKENS
-        np.save(path, np.random.default_rng(0).integers(vocabulary, size=n_tokens, dtype=dtype))
+        chance = np.random.default_rng(0)
+        ids = chance.integers(1, vocabulary, size=n_tokens, dtype=dtype)
+        ids[chance.random(n_tokens) < 1 / _DOCUMENT_TOKENS] = 0
+        np.save(path, ids)
         write_sidecar(path, Sidecar(
-            tokens=n_tokens, documents=1, encoding="random", vocab_size=vocabulary, eot=0, source="oneb bench",
-            format=f"npy {np.dtype(dtype).name}", sha256=sha256_file(path), max_id=vocabulary - 1))
+            tokens=n_tokens, documents=1 + int((ids == 0).sum()), encoding="random", vocab_size=vocabulary, eot=0,
+            source="oneb bench", format=f"npy {np.dtype(dtype).name}", sha256=sha256_file(path), max_id=vocabulary - 1))
         print(f"no --data: {format_count(n_tokens)} random tokens take its place; their loss means nothing", flush=True)
         self.settings = dataclasses.replace(self.settings, data=str(path))

@@ -119,7 +119,8 @@ def describe(parts: Parts, start_step: int) -> dict[str, Any]:
         "matmul_parameters": accounting.matmul_parameters(model),
         "kv_bytes_per_token": accounting.kv_bytes_per_token(model),
         "flops_per_token": {
-            str(seq_len): accounting.flops_per_token(model, seq_len) for _, seq_len in config.train.phases
+            str(seq_len): accounting.flops_per_token(model, seq_len, config.data.doc_mask)
+            for _, seq_len in config.train.phases
         },
         "device": parts.device.name,
         "torch": torch.__version__,
