@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +169,47 @@ def test_evaluation_reads_the_same_tokens_whatever_the_micro_batch(tokens, rows)
     assert got.shape == (32, 33)  # 1000 tokens round up to 32 windows
     assert np.array_equal(got[:, :-1].ravel(), IDS[N_TRAIN:N_TRAIN + 32 * 32])
     assert np.array_equal(got[:, 1:].ravel(), IDS[N_TRAIN + 1:N_TRAIN + 1 + 32 * 32])
+
+
+# argv: a token file. Reads 500 MB of it, and prints the MiB that the process had before and at most.
+READ_MUCH = """
+import re, sys
+from pathlib import Path
+import torch
+from oneb.data.loader import BatchLoader
+from oneb.data.order import BatchOrder
+from oneb.data.tokens import open_tokens
+def mib(name):
+    return int(re.search(rf"^{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text(), re.M)[1]) / 1024
+tokens = open_tokens(sys.argv[1], vocab_size=50257)
+order = BatchOrder(tokens.n_tokens, 1, ((0, 8192),), (32,))
+before = mib("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+with BatchLoader(tokens, order, vocab_size=50257, start_step=0, total_steps=1000, prefetch=4) as loader:
+    n_bytes = sum(2 * batch.tokens.numel() for batch in loader)
+print(n_bytes, before, mib("VmHWM"))
+"""
+
+
+def test_memory_does_not_grow_with_what_is_read(tmp_path):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("no /proc to ask for memory")
+    path, n_tokens = tmp_path / "x.npy", 10**10
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (n_tokens,)})
+        try:
+            file.truncate(file.tell() + 2 * n_tokens)
+        except OSError as error:
+            pytest.skip(f"no file of 20 GB here: {error}")
+    if path.stat().st_blocks * 512 > 2**20:
+        pytest.skip("no sparse files here")
+    Path(f"{path}.meta").write_text(f"tokens: {n_tokens}\nmax_id: 0\n")  # or all of it would be read first
+    done = subprocess.run([sys.executable, "-c", READ_MUCH, str(path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    read, before, most = map(float, done.stdout.split())
+    assert read > 500e6
+    # Six batches of 1.6 MB are under way, and an allocator may keep some; a mapping would have kept 500 MB.
+    assert most - before < 64
 
 
 @pytest.mark.gpu
