@@ -2,159 +2,47 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import random
 import signal
+import struct
 import subprocess
 import sys
-import threading
+import termios
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hub_server import COMMIT, Fault, Hub, serve
+from named_helpers import (
+    FILES,
+    GROUPS,
+    NAME,
+    OPTIONS,
+    PATIENT,
+    READ,
+    REPO,
+    ROOT,
+    STEPS_IN_FIRST,
+    TRAIN,
+    Machine,
+    finish,
+    hold,
+    ids,
+    ready,
+    shard,
+    shard_name,
+)
 
+from oneb.data.formats import open_file
 from oneb.data.order import BatchOrder
 from oneb.data.verify import verify
-from oneb.files import read_json_lines
 
-ROOT = Path(__file__).parents[1]
-REPO = "kjj0/finewebedu10B-gpt2"
-SHARD = 2000
-NAME = "fineweb-edu:6K"
-N_VAL = 600
-GROUPS = (2000, 2000, 1400)  # of 5400 training tokens
-FILES = {"val.npy": N_VAL, **{f"train_{number:06d}.npy": size for number, size in enumerate(GROUPS, 1)}}
-TEXTS = [f"document {number} " + "word " * (number % 50) for number in range(600)]
-
-
-def ids(number: int) -> np.ndarray:
-    """The tokens of shard ``number``: documents of some 50 tokens; 0 is for validation."""
-    drawn = np.random.default_rng(number).integers(0, 50256, SHARD)
-    drawn[np.random.default_rng(number).integers(0, SHARD, SHARD // 50)] = 50256
-    return drawn.astype("<u2")
-
-
-def shard(tokens: np.ndarray) -> bytes:
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(tokens)
-    return header.tobytes() + tokens.tobytes()
-
-
-def shard_name(number: int) -> str:
-    return f"finewebedu_train_{number:06d}.bin" if number else "finewebedu_val_000000.bin"
-
-
-def parquet(texts: list[str]) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"text": texts}), buffer)
-    return buffer.getvalue()
-
-
-def ready() -> dict[str, bytes]:
-    return {shard_name(number): shard(ids(number)) for number in range(5)}
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with serve(Hub({REPO: ready(), "somebody/books": {"a.parquet": parquet(TEXTS)},
-                    "HuggingFaceFW/fineweb-edu": {"sample/10BT/000.parquet": parquet(TEXTS)}})) as hub:
-        yield hub
-        for event in hub.held.values():
-            event.set()
-
-
-def hold(hub: Hub, *numbers: int) -> list[threading.Event]:
-    """Withhold these shards until their events are set."""
-    events = [threading.Event() for _ in numbers]
-    hub.held.update(zip(map(shard_name, numbers), events, strict=True))
-    return events
-
-
-# argv: the code to run with the waits between tries shortened, then its own arguments.
-PATIENT = ("import sys; from oneb.data import download, hub_failures; hub_failures._WAITS = (0.1, 0.1); "
-           "download._PAUSE_S = 0.5; download._REPORT_S = 1.0; code = sys.argv.pop(1); exec(code)")
-# argv: data root, name. Prints batch after batch a hash, and then the fingerprint.
-READ = """
-import hashlib
-from oneb.config import DataConfig
-from oneb.data.loader import BatchLoader
-from oneb.data.named import open_data
-from oneb.data.order import BatchOrder
-data = open_data(DataConfig(path=sys.argv[2], data_root=sys.argv[1]), 50257, lambda text: print(text, file=sys.stderr))
-order = BatchOrder(data.n_train, 3, ((0, 16), (40, 32)), (4, 4), groups=data.groups)
-with BatchLoader(data.tokens, order, vocab_size=50257, start_step=0, total_steps=220) as loader:
-    for batch in loader:
-        print(hashlib.sha256(batch.tokens.numpy().tobytes()).hexdigest(), flush=True)
-print(hashlib.sha256(data.tokens.read(data.n_train, data.n_val).tobytes()).hexdigest())
-print(data.tokens.fingerprint, data.n_train, data.n_val, data.groups)
-"""
-TRAIN = "from oneb.cli.train import main; sys.exit(main(sys.argv[1:]))"
-OPTIONS = """--size nano --layers 1 --d-model 32 --n-head 2 --d-ff 64 --device cpu --train-seq-len 32 --block 32
---batch-size 2 --grad-accum 1 --steps 70 --log-every 1 --eval-every 1000 --eval-iters 1 --lr 1e-3 --warmup-steps 2
---live basic --tag x --if-exists resume
-"""
-OPTIONS = OPTIONS.split()
-STEPS_IN_FIRST = GROUPS[0] // 32 // 2
-
-
-class Machine:
-    """A folder with a cache, a data root and runs, whose Hub is ``hub``."""
-
-    def __init__(self, hub: Hub, folder: Path) -> None:
-        self.hub, self.folder, self.data = hub, folder, folder / "data"
-        folder.mkdir(exist_ok=True)
-
-    @property
-    def files(self) -> Path:
-        return self.data / "fineweb-edu-6K"
-
-    def start(self, code: str, *arguments: str, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-c", PATIENT, code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, cwd=ROOT, env={**os.environ, **self.hub.environment(self.folder / "home"),
-                                      "HF_HUB_DOWNLOAD_TIMEOUT": "60", **environment})
-
-    def read(self, name: str = NAME, **environment: str) -> subprocess.Popen:
-        return self.start(READ, str(self.data), name, **environment)
-
-    def train(self, name: str = NAME, *more: str, **environment: str) -> subprocess.Popen:
-        return self.start(TRAIN, "--data", name, "--data-root", str(self.data), "--run-root",
-                          str(self.folder / "runs"), *OPTIONS, *more, **environment)
-
-    @property
-    def run(self) -> Path:
-        return next((self.folder / "runs").glob("x_*"))
-
-    def losses(self) -> dict[int, float]:
-        if not (self.folder / "runs").exists() or not list((self.folder / "runs").glob("x_*/train.jsonl")):
-            return {}
-        rows = read_json_lines(self.run / "train.jsonl")
-        return {row["step"]: row["loss"] for row in rows if row["type"] == "train"}
-
-    def wait_for_step(self, step: int, process: subprocess.Popen) -> None:
-        deadline = time.monotonic() + 60
-        while step not in self.losses():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == code, out + err
-    return out, err
-
-
-@pytest.fixture
-def machine(hub, tmp_path) -> Machine:
-    return Machine(hub, tmp_path / "a")
+pytest_plugins = ["named_fixtures"]
 
 
 # -- Arriving ------------------------------------------------------------------------------------
@@ -164,8 +52,9 @@ def test_the_files_are_the_shards_tokens(machine):
     fingerprint, *rest = out.splitlines()[-1].split(" ", 1)
     assert rest == [f"5400 600 {GROUPS}"]
     assert len(fingerprint) == 16
-    for number, (name, size) in enumerate(FILES.items()):
-        assert np.array_equal(np.load(machine.files / name), ids(number)[:size])
+    for number, name in enumerate(FILES):
+        tokens = open_file(machine.files / name, "bin")
+        assert np.array_equal(tokens.read(0, len(tokens)), ids(number))
         verify(machine.files / name)
         meta = dict(line.split(": ", 1) for line in (machine.files / f"{name}.meta").read_text().splitlines())
         assert meta["source"] == f"{REPO}@{COMMIT} {shard_name(number)}"
@@ -201,10 +90,11 @@ def test_two_processes_share_one_download(hub, machine):
 def test_if_the_process_that_downloads_is_killed_the_other_takes_over(hub, machine):
     first_of, = hold(hub, 2)
     first = machine.read()
-    while not (machine.files / "train_000001.npy").exists():
+    while not (machine.files / "train_000001.bin").exists():
         time.sleep(0.05)
     second = machine.read()
-    assert "waiting for train_000002.npy" in next(line for line in second.stderr if "waiting for train" in line)
+    told = next(line for line in second.stderr if "train_000002" in line)
+    assert "train_000002.bin, another process downloads" in told
     first.send_signal(signal.SIGKILL)
     first.communicate()
     first_of.set()
@@ -215,7 +105,7 @@ def test_shards_are_brought_from_the_one_that_is_waited_for(hub, machine):
     """As by a run that is continued on another machine."""
     order = BatchOrder(sum(GROUPS), 3, ((0, 16), (40, 32)), (4, 4), groups=GROUPS)
     step = next(step for step in range(100, 200) if order.offsets(step).min() >= GROUPS[0] + GROUPS[1])
-    finish(machine.start(READ.replace("start_step=0", f"start_step={step}"), str(machine.data), NAME))
+    finish(machine.start(READ.replace("first_step = 0", f"first_step = {step}"), str(machine.data), NAME))
     fetched = [request.path.rpartition("/")[2].partition("?")[0] for request in hub.asked("cdn")]
     assert fetched == [shard_name(number) for number in (0, 3, 1, 2)]
 
@@ -223,16 +113,44 @@ def test_shards_are_brought_from_the_one_that_is_waited_for(hub, machine):
 @pytest.mark.slow
 def test_damage_on_the_disk_is_said(machine):
     finish(machine.read())
-    with open(machine.files / "train_000002.npy", "r+b") as file:
+    with open(machine.files / "train_000002.bin", "r+b") as file:
         file.truncate(2000)
-    assert "train_000002.npy is cut short" in finish(machine.read(), 1)[1]
-    np.save(machine.files / "train_000002.npy", ids(2)[:100])
-    assert "holds 100 tokens of uint16, wanted 2000 of uint16; delete it" in finish(machine.read(), 1)[1]
+    assert "train_000002.bin is cut short" in finish(machine.read(), 1)[1]
+    (machine.files / "train_000002.bin").write_bytes(shard(ids(2)[:100]))
+    assert "holds 100 tokens, wanted 2000; delete it" in finish(machine.read(), 1)[1]
     (machine.files / "dataset.json").write_text("{")
     assert "dataset.json cannot be read" in finish(machine.read(), 1)[1]
     (machine.files / "dataset.json").unlink()
-    (machine.files / "train_000002.npy").unlink()
-    finish(machine.read())
+    (machine.files / "train_000002.bin").unlink()
+    finish(machine.read())  # the cache's copy, which was the same file, is found to be damaged, too
+    verify(machine.files / "train_000002.bin")
+
+
+def test_a_failure_that_nobody_waits_for_is_told_once(hub, machine):
+    code = """
+import time
+from oneb.config import DataConfig
+from oneb.data.named import open_data
+tokens = open_data(DataConfig(path=sys.argv[2], data_root=sys.argv[1]), 50257, print).tokens
+tokens.read(0, 100)
+print("begins", flush=True)
+while tokens.arrival.missing():
+    time.sleep(0.1)
+print(*tokens.arrival.faults(), sep=chr(10))
+"""
+    second, = hold(hub, 2)
+    process = machine.start(code, str(machine.data), NAME)
+    while process.stdout.readline() != "begins\n":
+        assert process.poll() is None, process.communicate()
+    hub.faults += [Fault("cdn", status=503) for _ in range(1000)]
+    second.set()
+    while len(hub.asked("cdn")) < 11:  # two shards have come; three attempts of three tries
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    hub.faults.clear()
+    told, = finish(process)[0].splitlines()
+    assert "did not deliver (the server answered 503)" in told
+    assert "the data for the next steps is there" in told
 
 
 def test_ids_that_are_not_gpt2s_end_it(hub, machine):
@@ -240,7 +158,7 @@ def test_ids_that_are_not_gpt2s_end_it(hub, machine):
     bad[777] = 50257
     hub.datasets[REPO][shard_name(1)] = shard(bad)
     assert "token id 50257 is outside the vocabulary" in finish(machine.read(), 1)[1]
-    assert not (machine.files / "train_000001.npy").exists()
+    assert not (machine.files / "train_000001.bin").exists()
 
 
 def test_a_disk_that_is_too_small_is_heard_of_first(hub, machine, disk):
@@ -270,12 +188,54 @@ def test_a_run_trains_while_shards_arrive(hub, machine, undisturbed):
     machine.wait_for_step(STEPS_IN_FIRST - 1, process)
     time.sleep(1.5)  # it may not get further
     assert max(machine.losses()) == STEPS_IN_FIRST
-    assert not (machine.files / "train_000002.npy").exists()
+    assert not (machine.files / "train_000002.bin").exists()
     second.set()
     third.set()
     out, _ = finish(process)
     assert machine.losses() == undisturbed
-    assert "waiting for train_000002.npy" in out
+    assert "waiting for data: train_000002.bin, " in out
+    assert "data 2/4" in out
+    complete, = (row for row in machine.rows("event") if row["event"] == "data_complete")
+    assert complete["files"] == 4
+    assert complete["step"] >= STEPS_IN_FIRST
+    assert complete["since_start_s"] > 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("live", ["auto", "rich"])
+def test_a_terminal_shows_what_is_waited_for(hub, machine, undisturbed, live):
+    hold(hub, 2, 3)
+    terminal, theirs = pty.openpty()
+    os.set_blocking(terminal, False)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", PATIENT, TRAIN, *machine.arguments(), "--live", live], cwd=ROOT, stdout=theirs,
+        env=machine.environment | {"TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+
+    def read_until(text: str) -> None:
+        nonlocal shown
+        deadline = time.monotonic() + 60
+        while text.encode() not in shown:
+            assert time.monotonic() < deadline, shown.decode(errors="replace")
+            time.sleep(0.05)
+            with contextlib.suppress(BlockingIOError):
+                shown += os.read(terminal, 2**16)
+
+    read_until("waiting for data: train_000002.bin, the download begins")
+    assert (b"data 2/4" if live == "auto" else b"files of data") in shown
+    hub.held[shard_name(2)].set()
+    read_until("waiting for data: train_000003.bin, ")
+    hub.held[shard_name(3)].set()
+    read_until("all 4 files of")
+    read_until("70/70")
+    while process.poll() is None:
+        with contextlib.suppress(BlockingIOError, OSError):  # the latter once nobody writes any more
+            os.read(terminal, 2**16)
+    assert process.returncode == 0
+    assert machine.losses() == undisturbed
+    os.close(terminal)
 
 
 def test_a_run_that_is_killed_while_shards_arrive_continues(hub, machine, undisturbed):
@@ -286,7 +246,7 @@ def test_a_run_that_is_killed_while_shards_arrive_continues(hub, machine, undist
     process.communicate()
     hub.held.clear()
     hub.faults.append(Fault("cdn", cut_after=1500))
-    (machine.files / ".train_000003.npy.tmp99999").write_bytes(b"of a process that was killed")
+    (machine.files / ".train_000003.bin.tmp99999").write_bytes(b"of a process that was killed")
     finish(machine.train(NAME, "--save-every", "10"))
     assert not list(machine.files.glob(".*tmp*"))
     assert machine.losses() == undisturbed
@@ -362,8 +322,7 @@ def test_a_rehearsal_waits_for_the_first_shard_and_the_validation_only(hub, mach
     hold(hub, 2, 3)
     done = launch(machine, "--rehearse", "--seq-schedule", "16@0,32@40")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(path.name for path in machine.files.glob("*.npy") if ".idx" not in path.name) == [
-        "train_000001.npy", "val.npy"]
+    assert sorted(path.name for path in machine.files.glob("*.bin")) == ["train_000001.bin", "val.bin"]
 
 
 # -- Without ready tokens ------------------------------------------------------------------------

@@ -138,6 +138,38 @@ def test_what_is_waited_for_counts_seconds_by_itself():
     shown.close()
 
 
+@pytest.mark.parametrize("mode", ["auto", "rich"])
+def test_a_wait_is_shown_until_the_next_step_with_how_long_it_has_taken(mode):
+    shown, terminal = display(mode, Terminal())
+    shown.waiting("waiting for data: train_000002.bin, 10% of 191 MiB", 2.0)
+    shown.waiting("waiting for data: train_000002.bin, 15% of 191 MiB", 3.0)
+    assert "train_000002.bin, 15% of 191 MiB" + (" … 3s" if mode == "auto" else "") in terminal.getvalue()
+    drawn = len(terminal.getvalue())
+    shown.advance(1)
+    assert "waiting" not in terminal.getvalue()[drawn:].rpartition("\r")[2]
+    shown.close()
+
+
+def test_plain_output_tells_of_a_wait_when_it_has_been_silent(monkeypatch):
+    shown, stream = display("basic")
+    shown.waiting("waiting for data", 9.0)
+    assert stream.getvalue() == ""
+    monkeypatch.setattr("oneb.train.display._WAITING_S", 0.0)
+    shown.waiting("waiting for data", 10.0)
+    assert stream.getvalue() == "waiting for data …\n"
+
+
+def test_how_much_of_the_data_is_there_stands_in_the_line_until_all_is():
+    shown, terminal = display("auto", Terminal())
+    shown.progress.data = "3/11"
+    shown.log(train_row(20, memory_gib=None))
+    assert "data 3/11" in terminal.screen()[-1]
+    shown.progress.data = None
+    shown.log(train_row(40))
+    assert "data" not in terminal.screen()[-1]
+    shown.close()
+
+
 def test_plain_output_says_that_slow_steps_are_made(monkeypatch):
     shown, stream = display("basic")
     shown.advance(1)

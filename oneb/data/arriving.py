@@ -8,6 +8,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,9 +17,11 @@ from oneb.data.reading import TokenFile
 from oneb.data.tokens import Shard, Tokens
 from oneb.errors import OnebError
 
+if TYPE_CHECKING:
+    from oneb.data.download import Download
+
 Cancelled = Callable[[], bool]
-# Called with the file's name and what ends the wait early; True once the file is there.
-Wait = Callable[[str, Cancelled], bool]
+Say = Callable[[str], None]
 
 
 def _never() -> bool:
@@ -26,18 +29,18 @@ def _never() -> bool:
 
 
 class ArrivingFile:
-    """A :class:`TokenFile` (uint16) that appears under its name when it is whole.
+    """A :class:`TokenFile` (uint16, of the llm.c format) that appears under its name when it is whole.
 
     Args:
-        n_tokens: how many it will have.
-        wait: waits for it; raises OnebError if it will not come. None where all files are there.
+        n_tokens: how many of its tokens are used; it may have more.
+        download: brings it; None where all files are there.
     """
 
     dtype = np.dtype("<u2")
 
-    def __init__(self, path: Path, n_tokens: int, wait: Wait | None) -> None:
+    def __init__(self, path: Path, n_tokens: int, download: Download | None) -> None:
         self.name, self.path, self.n_tokens = str(path), path, n_tokens
-        self._wait = wait
+        self._download = download
         self._file: TokenFile | None = None
         if path.exists():
             self._open()
@@ -50,13 +53,13 @@ class ArrivingFile:
         """Whether reading does not wait."""
         return self._file is not None or self.path.exists()
 
-    def wait(self, cancelled: Cancelled = _never) -> bool:
-        """Wait for it; False if ``cancelled`` came true before.
+    def wait(self, cancelled: Cancelled = _never, say: Say | None = None) -> bool:
+        """Wait for it, and ``say`` so; False if ``cancelled`` came true before.
 
         Raises:
             OnebError: it will not come.
         """
-        return self.is_here or self._wait is None or self._wait(self.path.name, cancelled)
+        return self.is_here or self._download is None or self._download.wait(self.path.name, cancelled, say)
 
     def expect(self, start: int, length: int) -> None:
         """Tokens [start, start + length) will be asked for soon; nothing to do for those that are not there."""
@@ -64,27 +67,31 @@ class ArrivingFile:
             self._open().expect(start, length)
 
     def read_into(self, out: np.ndarray, start: int) -> None:
-        """As :meth:`TokenFile.read_into`, once the file is there."""
-        if self._file is None:
-            self.wait()
+        """As :meth:`TokenFile.read_into`; the file has to be there."""
         self._open().read_into(out, start)
 
     def _open(self) -> TokenFile:
         if self._file is None:
-            file = open_file(self.path, "npy")
-            if (len(file), file.dtype) != (self.n_tokens, self.dtype):
-                raise OnebError(f"{self.path} holds {len(file)} tokens of {file.dtype}, wanted {self.n_tokens} of "
-                                f"{self.dtype}; delete it, and it is made again")
+            file = open_file(self.path, "bin")
+            if len(file) < self.n_tokens:
+                raise OnebError(f"{self.path} holds {len(file)} tokens, wanted {self.n_tokens}; delete it, and it is "
+                                "brought again")
             self._file = file
         return self._file
 
 
 class ArrivingTokens(Tokens):
-    """:class:`Tokens` of files that may not be there yet."""
+    """:class:`Tokens` of files that may not be there yet. Whoever reads from those waits for them."""
 
-    def __init__(self, shards: Sequence[Shard], fingerprint: str, say: Callable[[str], None]) -> None:
+    def __init__(self, shards: Sequence[Shard], fingerprint: str, say: Say, download: Download | None = None) -> None:
         super().__init__(shards, fingerprint)
-        self.say = say
+        self.say, self.arrival = say, download
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        """As :meth:`Tokens.read_into`, once the files are there."""
+        for file in self._of(start, len(out)):
+            file.wait(say=self.say)
+        super().read_into(out, start)
 
     def is_here(self, start: int, length: int) -> bool:
         """Whether reading these tokens does not wait."""

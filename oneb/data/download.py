@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 import signal
+import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from oneb.data.arriving import locked
-from oneb.data.formats import open_file
+from oneb.data.formats import BIN_HEADER_BYTES, BIN_MAGIC, BIN_VERSION, open_file
 from oneb.data.hub import HubFile, fetch
 from oneb.data.hub_failures import Unreachable
 from oneb.data.journal import index_path, npy_header
+from oneb.data.reading import TokenFile
 from oneb.data.sidecar import Sidecar, write_sidecar
 from oneb.data.sources import HubDataset
 from oneb.errors import OnebError
-from oneb.files import atomic_writer
+from oneb.files import atomic_writer, fsync_directory, sha256_file
 from oneb.units import format_duration, format_gib
 
 EOT, VOCAB_SIZE = 50256, 50257  # of GPT-2, whose ids the shards hold
@@ -34,7 +37,7 @@ _NOT_HERE = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # these are the main
 
 @dataclass(frozen=True)
 class Piece:
-    """A file of the data set: the first ``n_tokens`` of a ready shard."""
+    """A file of the data set: the first ``n_tokens`` of a ready shard, or more of it."""
 
     name: str
     n_tokens: int
@@ -46,17 +49,17 @@ class Download:
 
     One process does so at a time: others wait for its files, and take over if it ends. Failures of the network count
     only where somebody waits for what they keep away; until then it is tried again.
-
-    Args:
-        say: told about waits and failures.
     """
 
-    def __init__(self, folder: Path, dataset: HubDataset, pieces: Sequence[Piece], say: Callable[[str], None]) -> None:
-        self.folder, self.dataset, self.pieces, self.say = folder, dataset, pieces, say
+    def __init__(self, folder: Path, dataset: HubDataset, pieces: Sequence[Piece]) -> None:
+        self.folder, self.dataset, self.pieces = folder, dataset, pieces
         self._wanted = 0  # the piece that was waited for last
         self._arriving: tuple[int, int, float, int] | None = None  # piece, bytes at first, since when, bytes now
-        self._attempts = 0
+        self._attempts, self._alone = 0, True  # tries; whether no other process was downloading at the last of them
         self._failed: tuple[int, OnebError] | None = None  # in which attempt, and how
+        self._hindrance = ""  # what the piece that is being brought suffers from now
+        self._faults: deque[str] = deque()  # for `faults`
+        self._last_fault = ""
         self._waiting, self._lock, self._awaited = 0, threading.Lock(), threading.Event()
         self._numbers = {piece.name: number for number, piece in enumerate(pieces)}
         # A daemon: what has arrived is kept, however the process ends.
@@ -66,8 +69,11 @@ class Download:
         """Begin."""
         self._thread.start()
 
-    def wait(self, name: str, cancelled: Callable[[], bool]) -> bool:
+    def wait(self, name: str, cancelled: Callable[[], bool], say: Callable[[str], None] | None = None) -> bool:
         """Wait until the file of that name is there; False if ``cancelled`` came true before.
+
+        Args:
+            say: told every now and then what is waited for.
 
         Raises:
             OnebError: it cannot be had.
@@ -81,9 +87,9 @@ class Download:
                 if cancelled():
                     return False
                 self._raise_failure(attempts)
-                if time.monotonic() - said > _REPORT_S:
+                if say and time.monotonic() - said > _REPORT_S:
                     said = time.monotonic()
-                    self.say(f"waiting for {name}: {self.progress(number)}")
+                    say(f"waiting for data: {self.awaited()}")
                 time.sleep(_POLL_S)
         finally:
             self._count_waiting(-1)
@@ -94,15 +100,24 @@ class Download:
             self._waiting += more
             (self._awaited.set if self._waiting else self._awaited.clear)()
 
-    def progress(self, number: int) -> str:
-        """How far piece ``number`` is."""
-        arriving = self._arriving
-        if arriving is None:
-            return "the download begins, or another process is at it"
+    def missing(self) -> int:
+        """How many of the files are not there yet."""
+        return sum(not (self.folder / piece.name).exists() for piece in self.pieces)
+
+    def faults(self) -> list[str]:
+        """What went wrong since the last call while nobody waited, a sentence each."""
+        return [self._faults.popleft() for _ in range(len(self._faults))]
+
+    def awaited(self) -> str:
+        """The file that was waited for last, and how far it is, or what keeps it away."""
+        wanted, hindrance, arriving = self._wanted, self._hindrance, self._arriving
+        name = self.pieces[wanted].name
+        if hindrance or arriving is None:
+            return f"{name}, {hindrance or ('the download begins' if self._alone else 'another process downloads')}"
         current, first, since, now = arriving
         size, seconds = self.pieces[current].shard.size, time.monotonic() - since
-        which = "" if current == number else f"{self.pieces[current].name} comes before it, "
-        text = f"{which}{now / size:.0%} of {format_gib(size)}"
+        which = "" if current == wanted else f"{self.pieces[current].name} comes before it, "
+        text = f"{name}, {which}{now / size:.0%} of {format_gib(size)}"
         if now > first and seconds > 0:
             rate = (now - first) / seconds
             text += f", {rate / 1e6:.1f} MB/s, {format_duration((size - now) / rate)} left"
@@ -126,9 +141,11 @@ class Download:
             self._attempts += 1
             try:
                 with locked(self.folder) as alone:
+                    self._alone = alone
                     if alone:
                         self._bring(number)
                         self._failed = None
+                        self._last_fault = ""
                     else:
                         time.sleep(_LOCK_POLL_S)
             except OnebError as error:
@@ -154,32 +171,36 @@ class Download:
         def progress(n_bytes: int, size: int) -> None:
             before = self._arriving
             first, since = (n_bytes, time.monotonic()) if before is None else before[1:3]
-            self._arriving = number, first, since, n_bytes
+            self._arriving, self._hindrance = (number, first, since, n_bytes), ""
 
         try:
             for left in self.folder.glob(f".{piece.name}*.tmp*"):  # of a process that was killed
                 left.unlink(missing_ok=True)
-            shard = fetch(self.dataset, piece.shard, self._say_if_awaited, progress)
-            write_piece(self.folder / piece.name, piece, shard, self.dataset)
+            shard = fetch(self.dataset, piece.shard, self._hindered, progress)
+            place_piece(self.folder / piece.name, piece, shard, self.dataset)
         finally:
-            self._arriving = None
+            self._arriving, self._hindrance = None, ""
 
     def _fail(self, error: OnebError) -> None:
         self._failed = self._attempts, error
-        if not self._awaited.is_set():
-            self.say(f"{error} (the data for the next steps is there; tried again in {format_duration(_PAUSE_S)})")
+        if not self._awaited.is_set() and str(error) != self._last_fault:  # once, however often it is tried in vain
+            self._last_fault = str(error)
+            self._faults.append(f"{error} (the data for the next steps is there; it is tried again every "
+                                f"{format_duration(_PAUSE_S)})")
         time.sleep(1.0)  # those who wait hear of it
         self._awaited.wait(_PAUSE_S)
 
-    def _say_if_awaited(self, message: str) -> None:
-        if self._awaited.is_set():
-            self.say(message)
+    def _hindered(self, message: str) -> None:
+        self._hindrance = message.partition(": ")[2] or message  # without the shard's long name
 
 
-def write_piece(target: Path, piece: Piece, shard: Path, dataset: HubDataset) -> None:
-    """Write a piece, its document index and its sidecar; the token file appears last, and whole.
+# -- A shard in the cache becomes a file of the data set --------------------------------------------
 
-    The ids stay as they are. In the shards the end-of-text id begins documents; here it is taken to end the one before.
+def place_piece(target: Path, piece: Piece, shard: Path, dataset: HubDataset) -> None:
+    """Have a piece at ``target``, with its document index and sidecar; the token file appears last, and whole.
+
+    It is a second name of the shard in the Hub's cache, where that has hard links to here: it takes no room of its own,
+    and stays when the cache is emptied. Else it is a copy, of the tokens that are wanted alone.
 
     Raises:
         OnebError: the shard is damaged, or holds fewer tokens, or an id that is not GPT-2's.
@@ -189,25 +210,57 @@ def write_piece(target: Path, piece: Piece, shard: Path, dataset: HubDataset) ->
     if len(tokens) < piece.n_tokens:
         raise OnebError(f"{shard} holds {len(tokens)} tokens, wanted {piece.n_tokens}; delete it, and it is downloaded "
                         "again")
+    temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # of a killed process of the same number: it may be a link, not to be written to
+    try:
+        if not _link(shard.resolve(), temporary):
+            _copy(tokens, piece.n_tokens, temporary)
+        _describe(temporary, target, shard, f"{dataset.repo}@{piece.shard.revision} {piece.shard.path}", piece)
+        os.replace(temporary, target)
+        fsync_directory(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link(shard: Path, name: Path) -> bool:
+    """Give the file a second name; False where that cannot be: another disk, or somebody else's file."""
+    try:
+        with open(shard, "rb") as file:
+            os.fsync(file.fileno())  # whoever downloaded it may not have
+        os.link(shard, name)
+    except OSError:
+        return False
+    return True
+
+
+def _copy(tokens: TokenFile, n_tokens: int, name: Path) -> None:
+    """Write the first ``n_tokens`` to a file of the same format."""
+    with open(name, "wb") as out:
+        out.write(struct.pack("<3i", BIN_MAGIC, BIN_VERSION, n_tokens).ljust(BIN_HEADER_BYTES, b"\0"))
+        for start in range(0, n_tokens, _CHUNK_TOKENS):
+            out.write(tokens.read(start, min(_CHUNK_TOKENS, n_tokens - start)))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _describe(file: Path, target: Path, shard: Path, source: str, piece: Piece) -> None:
+    """Check the ids of ``file``, which is to be ``target``, and write that one's index and sidecar.
+
+    In the shards the end-of-text id begins documents; here it is taken to end the one before.
+    """
+    tokens = open_file(file, "bin")
     ends, max_id = [], -1
-    header = npy_header(np.dtype("<u2"), piece.n_tokens)
-    digest = hashlib.sha256(header)
-    with atomic_writer(target) as out:
-        out.write(header)
-        for start in range(0, piece.n_tokens, _CHUNK_TOKENS):
-            ids = tokens.read(start, min(_CHUNK_TOKENS, piece.n_tokens - start))
-            max_id = max(max_id, int(ids.max()))
-            if max_id >= VOCAB_SIZE:
-                raise OnebError(f"{shard}: the token id {max_id} is outside the vocabulary of {VOCAB_SIZE} of gpt2. A "
-                                "damaged file: delete it, and it is downloaded again")
-            ends.append(start + 1 + np.flatnonzero(ids == EOT))
-            digest.update(ids)
-            out.write(ids)
-        bounds = np.unique(np.concatenate([[0], *ends, [piece.n_tokens]])).astype("<i8")
-        with atomic_writer(index_path(target)) as index:
-            index.write(npy_header(bounds.dtype, len(bounds)))
-            index.write(bounds)
-        write_sidecar(target, Sidecar(
-            tokens=piece.n_tokens, documents=len(bounds) - 1, encoding="gpt2", vocab_size=VOCAB_SIZE, eot=EOT,
-            source=f"{dataset.repo}@{piece.shard.revision} {piece.shard.path}", format="npy uint16",
-            sha256=digest.hexdigest(), max_id=max_id, revision=piece.shard.revision))
+    for start in range(0, len(tokens), _CHUNK_TOKENS):
+        ids = tokens.read(start, min(_CHUNK_TOKENS, len(tokens) - start))
+        max_id = max(max_id, int(ids.max()))
+        if max_id >= VOCAB_SIZE:
+            raise OnebError(f"{shard}: the token id {max_id} is outside the vocabulary of {VOCAB_SIZE} of gpt2. A "
+                            "damaged file: delete it, and it is downloaded again")
+        ends.append(start + 1 + np.flatnonzero(ids == EOT))
+    bounds = np.unique(np.concatenate([[0], *ends, [len(tokens)]])).astype("<i8")
+    with atomic_writer(index_path(target)) as index:
+        index.write(npy_header(bounds.dtype, len(bounds)))
+        index.write(bounds)
+    write_sidecar(target, Sidecar(
+        tokens=len(tokens), documents=len(bounds) - 1, encoding="gpt2", vocab_size=VOCAB_SIZE, eot=EOT, source=source,
+        format="bin uint16", sha256=sha256_file(file), max_id=max_id, revision=piece.shard.revision))

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -210,6 +211,19 @@ def bytes_to_fetch(dataset: HubDataset, files: Sequence[HubFile]) -> int:
 def cache_disk(dataset: HubDataset) -> Path:
     """A folder that is there, on the disk of the cache."""
     return next(path for path in (_storage(dataset), *_storage(dataset).parents) if path.exists())
+
+
+def can_link(dataset: HubDataset, folder: Path) -> bool:
+    """Whether what is in the cache may have a second name in ``folder``: one file system, and of those that have
+    hard links."""
+    name = folder / f".link{os.getpid()}"
+    try:
+        with tempfile.NamedTemporaryFile(dir=cache_disk(dataset)) as file:
+            os.link(file.name, name)
+        name.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def check_space(dataset: HubDataset, files: Sequence[HubFile]) -> None:

@@ -6,7 +6,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _POLL_S = 0.1  # how often a full queue looks whether the loader was closed
+_WAITING_S = 1.0  # how often a wait for a batch is told of
 _CLOSE_S = 5.0  # a thread that waits longer than this for its disk is left to itself
 # They are the main thread's: one that arrived here would leave it asleep where it waits for a batch.
 _NOT_HERE = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGHUP} if hasattr(signal, "SIGHUP") else set())
@@ -64,8 +65,11 @@ class BatchLoader:
         self._thread = threading.Thread(target=self._produce, name="oneb-batch-loader", daemon=True)
         self._thread.start()
 
-    def next(self) -> Batch:
+    def next(self, waiting: Callable[[float], None] = lambda seconds: None) -> Batch:
         """The next step's batch.
+
+        Args:
+            waiting: called about once a second while it is not there, with the seconds since this call.
 
         Raises:
             OnebError: if the batch holds an id outside the vocabulary, or a file became shorter or cannot be read
@@ -76,7 +80,12 @@ class BatchLoader:
         if self._closed.is_set():
             raise RuntimeError("the batch loader was closed")
         started = time.perf_counter()
-        item = self._ready.get()
+        while True:
+            try:
+                item = self._ready.get(timeout=_WAITING_S)
+                break
+            except queue.Empty:
+                waiting(time.perf_counter() - started)
         self.wait_seconds = time.perf_counter() - started
         if isinstance(item, Batch):
             return item

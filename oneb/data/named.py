@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from oneb.config import GPT2_VOCAB_SIZE, DataConfig
 from oneb.data.arriving import ArrivingFile, ArrivingTokens, locked
 from oneb.data.formats import BIN_HEADER_BYTES
-from oneb.data.names import MANIFEST, WHOLE, DataName, parse_name, train_name
+from oneb.data.names import MANIFEST, VALIDATION, WHOLE, DataName, parse_name, train_name
 from oneb.data.order import split_tokens
 from oneb.data.reading import allow_open_files
 from oneb.data.sidecar import Sidecar
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 
 _REPORT_S = 10.0
 _LOCK_POLL_S = 0.5
-_FORMAT = 1  # of the manifest
+_FORMAT = 2  # of the manifest
 _ITEM_BYTES = 2  # a token
 
 
@@ -62,7 +62,7 @@ def open_data(config: DataConfig, vocab_size: int, say: Say) -> Data:
 
     Args:
         vocab_size: ids must lie in [0, vocab_size).
-        say: told what is being waited for, later on also from other threads.
+        say: told what is being waited for, later on by the thread that reads.
 
     Raises:
         OnebError: what is missing or wrong, as ``open_tokens``; the Hub cannot be reached, or the disk is too small.
@@ -102,7 +102,7 @@ def _plan(name: DataName, folder: Path, say: Say) -> dict[str, Any] | None:
     ready = READY_TOKENS[name.source]
     files = list_files(replace(ready, pattern=ready.pattern.replace("train_*", "*")), say)
     left, n_val = split_tokens(name.n_tokens)
-    pieces = [_piece("val.npy", n_val, file) for file in files if "_val_" in file.path and _held(file) >= n_val][:1]
+    pieces = [_piece(VALIDATION, n_val, file) for file in files if "_val_" in file.path and _held(file) >= n_val][:1]
     if pieces:
         for file in files:
             if "_train_" in file.path and left and _held(file):
@@ -144,35 +144,36 @@ def _arriving(plan: dict[str, Any], folder: Path, vocab_size: int, say: Say) -> 
     validation, *training = plan["files"]
     missing = [file for file in plan["files"] if not (folder / file["name"]).exists()]
     allow_open_files(len(plan["files"]))
-    download = _download(plan, missing, folder, lambda message: tokens.say(message)) if missing else None
+    download = _download(plan, missing, folder) if missing else None
     vouched = Sidecar(encoding="gpt2", vocab_size=GPT2_VOCAB_SIZE)
-    shards = [Shard(ArrivingFile(folder / file["name"], file["tokens"], download and download.wait), vouched)
+    shards = [Shard(ArrivingFile(folder / file["name"], file["tokens"], download), vouched)
               for file in (*training, validation)]
-    tokens = ArrivingTokens(shards, _fingerprint(plan), say)
+    tokens = ArrivingTokens(shards, _fingerprint(plan), say, download)
     if download:
         download.start()
     groups = tuple(file["tokens"] for file in training)
     return Data(tokens, sum(groups), validation["tokens"], groups)
 
 
-def _download(plan: dict[str, Any], missing: list[dict[str, Any]], folder: Path, say: Say) -> Download:
+def _download(plan: dict[str, Any], missing: list[dict[str, Any]], folder: Path) -> Download:
     """See that there is room, write the manifest; what brings the missing files, not begun."""
     # Here: a run whose data is all there needs no client of the Hub.
     from oneb.data.download import Download, Piece
-    from oneb.data.hub import HubFile, bytes_to_fetch, cache_disk, check_space
+    from oneb.data.hub import HubFile, bytes_to_fetch, cache_disk, can_link, check_space
 
     dataset = HubDataset(plan["repo"], plan["files"][0]["shard"]["revision"], "*")
     pieces = [Piece(file["name"], file["tokens"], HubFile(**file["shard"])) for file in plan["files"]]
     wanted = [piece.shard for piece, file in zip(pieces, plan["files"], strict=True) if file in missing]
     check_space(dataset, wanted)
     make_folder(folder)
-    needed = sum(_ITEM_BYTES * file["tokens"] for file in missing)
-    if cache_disk(dataset).stat().st_dev == folder.stat().st_dev:
-        needed += bytes_to_fetch(dataset, wanted)  # the shards stay in the Hub's cache
-    _check_room(folder, needed)
+    if not can_link(dataset, folder):  # else the shards in the Hub's cache are the data set's files, too
+        needed = sum(_ITEM_BYTES * file["tokens"] for file in missing)
+        if cache_disk(dataset).stat().st_dev == folder.stat().st_dev:
+            needed += bytes_to_fetch(dataset, wanted)
+        _check_room(folder, needed)
     if not (folder / MANIFEST).exists():
         write_json(folder / MANIFEST, plan)
-    return Download(folder, dataset, pieces, say)
+    return Download(folder, dataset, pieces)
 
 
 def make_folder(folder: Path) -> None:
@@ -192,7 +193,7 @@ def _check_room(folder: Path, needed: int) -> None:
     if needed > free:
         raise OnebError(f"the data takes {format_gib(needed)} more, the disk of {folder} has {format_gib(free)} free: "
                         "make room, name fewer tokens, or choose another --data-root (what is downloaded lies below "
-                        "HF_HOME as well)")
+                        "HF_HOME; on the same disk it takes no room twice, where that disk has hard links)")
 
 
 def _fingerprint(plan: dict[str, Any]) -> str:

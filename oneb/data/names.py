@@ -12,6 +12,7 @@ from oneb.errors import OnebError
 from oneb.units import format_count, format_gib, parse_count
 
 MANIFEST = "dataset.json"  # in the folder: which ready shards it is made of
+VALIDATION = "val.bin"
 WHOLE = "train.npy"  # in the folder: all of it in one file, where there are no ready shards
 SHARD_TOKENS = 10**8  # of a ready shard: only for what is said before the Hub has been asked
 _NAME = re.compile(r"(?P<source>[\w.-]+(/[\w.-]+)?(@[\w./-]+)?):(?P<count>\d[\w.,]*|\w*)")
@@ -47,7 +48,7 @@ class DataName:
             size = f", about {format_gib(_TEXT_BYTES_A_TOKEN * self.n_tokens)}" if self.source in SOURCES else ""
             return (f"the text of {self.source}{size} is downloaded and tokenized before the first step, into "
                     f"{folder} ({format_gib(2 * self.n_tokens)})")
-        names = _file_names(folder) or ["val.npy", *map(train_name, range(1, 1 + -(-self.n_tokens // SHARD_TOKENS)))]
+        names = _file_names(folder) or [VALIDATION, *map(train_name, range(1, 1 + -(-self.n_tokens // SHARD_TOKENS)))]
         missing = sum(not (folder / name).exists() for name in names)
         if not missing:
             return None
@@ -55,7 +56,6 @@ class DataName:
         return (f"about {format_gib(2 * SHARD_TOKENS * missing)} of ready tokens from "
                 f"{READY_TOKENS[self.source].repo} are downloaded into {folder}{some} while the run trains; it begins "
                 f"when the first {format_count(SHARD_TOKENS)} are there")
-
 
 
 def parse_name(path: str) -> DataName | None:
@@ -86,8 +86,8 @@ def parse_name(path: str) -> DataName | None:
 
 
 def train_name(number: int) -> str:
-    """1 -> "train_000001.npy"."""
-    return f"train_{number:06d}.npy"
+    """1 -> "train_000001.bin"."""
+    return f"train_{number:06d}.bin"
 
 
 def _file_names(folder: Path) -> list[str]:

@@ -145,6 +145,8 @@ def _figure_table(progress: Progress) -> Table:
         "step time": f"{row['step_ms']:.0f} ms" if row and row["step_ms"] is not None else None,
         "skipped": f"{row['skipped']}" if row else None,
     }
+    if progress.data:
+        known["files of data"] = progress.data
     table = Table.grid(expand=True, padding=(0, 1))
     for _ in range(4):
         table.add_column(ratio=1)

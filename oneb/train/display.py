@@ -17,6 +17,7 @@ _PLAIN_WIDTH = 79
 _REDRAW_S = 0.2
 # Plain output is silent between rows; after so long it says that steps are still being made.
 _QUIET_S = 30.0
+_WAITING_S = 10.0  # the same while the next step waits for something
 _QUIET_EVENTS = ("warning", "resume", "stopped", "finish")
 
 
@@ -73,6 +74,10 @@ class PlainDisplay(Display):
         with self._lock:
             self._line(f"{text} …")
 
+    def waiting(self, text: str, seconds: float) -> None:
+        if time.monotonic() - self._wrote_at > _WAITING_S:
+            self.status(text)
+
     def advance(self, step: int) -> None:
         self.progress.step = step
         if time.monotonic() - self._wrote_at > _QUIET_S:
@@ -80,7 +85,7 @@ class PlainDisplay(Display):
                 self._line(f"step {figures(self.progress)['step']}")
 
     def _show_train(self) -> None:
-        names = ("step", "loss", "lr", "tok_s", "mfu", "eta", "skipped", "memory")
+        names = ("step", "loss", "lr", "tok_s", "mfu", "eta", "data", "skipped", "memory")
         self._line("step " + fit(figures(self.progress), names, _PLAIN_WIDTH - len("step ")))
 
     def _write(self, text: str) -> None:
@@ -100,8 +105,11 @@ class LineDisplay(Display):
         self._ticker: threading.Thread | None = None
 
     def status(self, text: str) -> None:
+        self.waiting(text, 0.0)
+
+    def waiting(self, text: str, seconds: float) -> None:
         with self._lock:
-            self._status = (text, time.monotonic())
+            self._status = (text, time.monotonic() - seconds)
             self._draw()
         if self._ticker is None:
             self._ticker = threading.Thread(target=self._tick, name="oneb-display", daemon=True)
@@ -155,7 +163,7 @@ class LineDisplay(Display):
             text, since = self._status
             shown["status"] = f"{text} … {format_duration(time.monotonic() - since)}"
             return f"{percent}  {fit(shown, ('step', 'loss', 'status'), width - 6)}"
-        names = ("step", "loss", "val", "tok_s", "mfu", "lr", "eta", "skipped", "memory")
+        names = ("step", "loss", "val", "tok_s", "mfu", "lr", "eta", "data", "skipped", "memory")
         rest = fit(shown, names, width - 6)
         room = width - 8 - len(rest)
         drawn = bar(self.progress.fraction, min(room, 30), self.stream.encoding) + "  " if room >= 8 else ""

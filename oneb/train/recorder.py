@@ -68,6 +68,14 @@ class Recorder:
         """Show, and do not record, what is being waited for."""
         self.display.status(text)
 
+    def waiting(self, text: str, seconds: float) -> None:
+        """Show, and do not record, what the loop has been waiting for so long; to be called about once a second."""
+        self.display.waiting(text, seconds)
+
+    def arrived(self, n_files: int, of: int) -> None:
+        """Show, and do not record, how many files of the data are there, until all are."""
+        self.display.progress.data = f"{n_files}/{of}" if n_files < of else None
+
     def advance(self, step: int) -> None:
         """Show, and do not record, that ``step`` steps are done."""
         self.display.advance(step)

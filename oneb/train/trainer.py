@@ -19,6 +19,7 @@ from oneb.files import write_json
 from oneb.inspect.analysis import analyse
 from oneb.planner import make_plan, mfu
 from oneb.schedules import seq_len_at, tokens_before
+from oneb.train.arrival import Arrival
 from oneb.train.clock import StepClock, process_age_s
 from oneb.train.compiles import compilations
 from oneb.train.lock import LockedError
@@ -53,6 +54,7 @@ class Trainer(Stepper):
         self.stop = stop
         self.clock = StepClock(parts.device.synchronize)
         self.order = dataclasses.replace(parts.order, skips=start.skips)
+        self.arrival = Arrival(parts.tokens, recorder)
         self.saver = Saver(parts, directory, recorder, self.contents, start.step, mirror)
         self.compiled: int | None = None  # graphs and kernels, once the first step has run
         self._begin_at(start)
@@ -115,7 +117,7 @@ class Trainer(Stepper):
     def _next_step(self, loader: BatchLoader) -> None:
         """A step, and what is due after it."""
         with self.stop.interruptible():
-            batch = loader.next()
+            batch = loader.next(self.arrival.waiting)
         if batch.seq_len == self.seq_len:
             loss, norm, lr = self.train_step(batch)
             self.clock.step(loader.wait_seconds)
@@ -129,6 +131,7 @@ class Trainer(Stepper):
         if self.directory.lock and self.directory.lock.lost:
             self.directory.lock.check()
         self.recorder.advance(self.step)
+        self.arrival.look(self.step)
         if self.step % self.config.log.log_every == 0 or self.step in (1, self.config.train.steps):
             self.log_step(loss, norm, lr, batch.seq_len)
         if self.saver.is_due(self.step) and self._is_calm() and self.saver.save(self.step):
