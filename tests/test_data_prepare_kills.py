@@ -311,8 +311,8 @@ def test_workers_end_with_their_parent_and_are_replaced_by_it(undisturbed, books
 
 def is_worker(process: psutil.Process) -> bool:
     """Alive, and not multiprocessing's own helper."""
-    with contextlib.suppress(psutil.NoSuchProcess):  # also of zombies
-        return "spawn_main" in " ".join(process.cmdline())
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(process.cmdline())
     return False
 
 

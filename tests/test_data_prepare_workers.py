@@ -70,8 +70,8 @@ def some_units(folder: Path, n: int) -> list[Unit]:
 
 def is_worker(process: psutil.Process) -> bool:
     """Alive, and not multiprocessing's own helper."""
-    with contextlib.suppress(psutil.NoSuchProcess):  # also of zombies
-        return "spawn_main" in " ".join(process.cmdline())
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(process.cmdline())
     return False
 
 
@@ -87,8 +87,9 @@ def spawned(parent: int | None = None) -> list[psutil.Process]:
 def test_a_worker_that_dies_is_replaced_and_its_units_go_where_they_would_have_gone(tmp_path, when):
     """Whatever it was doing; and the one that asks is told of each thing once more at most."""
     todo = some_units(tmp_path, 4)
-    pool = Pool(bytes_job(tmp_path), 1)
+    pool = Pool(1)
     try:
+        pool.begin(bytes_job(tmp_path))
         for unit in todo:
             pool.submit(unit)
         if when == "encoding":
@@ -127,8 +128,9 @@ def test_a_unit_that_kills_its_worker_twice_is_an_error(tmp_path):
     os.mkfifo(tmp_path / "ranks")  # nobody writes to it: a worker waits there until it is killed
     for name in (TOKENS, ENDS):
         (tmp_path / name).write_bytes(b"")
-    pool = Pool(Job(tmp_path, "gpt2", tmp_path / "ranks", 50256, 50257, "uint16", "text", 1), 1)
+    pool = Pool(1)
     try:
+        pool.begin(Job(tmp_path, "gpt2", tmp_path / "ranks", 50256, 50257, "uint16", "text", 1))
         pool.submit(Unit(0, 0, Path("giant.jsonl"), "jsonl", 0, 1, 1.0, True))
         killers = threading.Thread(target=kill_children, args=(2,))
         killers.start()
@@ -154,7 +156,8 @@ def kill_children(count: int) -> None:
 def test_a_worker_with_much_to_write_begins_nothing_that_comes_later(tmp_path, monkeypatch):
     monkeypatch.setattr("oneb.data.workers._KEPT_BYTES", 15_000)
     first, second, third, fourth = some_units(tmp_path, 4)
-    worker = Worker(bytes_job(tmp_path))
+    worker = Worker()
+    worker.begin(bytes_job(tmp_path))
     assert worker.may(third)
     counts = worker.do(second)
     assert counts.tokens * 2 < 15_000

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from oneb.data import encode
-from oneb.data.encode import FastGpt2, Gpt2Reference, make_encoder, pieces, trial_texts, write_ranks
-from oneb.data.tokenizer import known_tokenizer, load_tokenizer
+from oneb.data.encode import FastGpt2, Gpt2Reference, checked_fast, make_encoder, pieces, trial_texts
+from oneb.data.tokenizer import _gpt2, known_tokenizer, load_tokenizer
 from oneb.errors import OnebError
 
 ROOT = Path(__file__).parents[1]
@@ -72,19 +73,27 @@ def test_no_network_and_no_cache_is_explained(tmp_path):
 
 @pytest.fixture(scope="session")
 def ranks(gpt2_cache, tmp_path_factory) -> Path:
-    path, trouble = write_ranks(load_tokenizer("gpt2"), tmp_path_factory.mktemp("ranks"))
-    assert trouble == ""
+    path = tmp_path_factory.mktemp("ranks") / "gpt2.tiktoken"
+    path.write_bytes(load_tokenizer("gpt2").ranks)
     return path
 
 
-def test_the_vocabulary_is_gpt2s_own(ranks):
+def test_the_vocabulary_is_gpt2s_own(gpt2_cache):
     """The SHA-256 that tiktoken's source gives for r50k_base, whose ranks are GPT-2's."""
     assert load_tokenizer("gpt2").sha256 == "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 
+def test_an_older_tiktoken_gives_the_same_vocabulary(gpt2_cache, monkeypatch):
+    ours = load_tokenizer("gpt2")
+    monkeypatch.setitem(sys.modules, "tiktoken.load", types.ModuleType("without_read_file_cached"))
+    assert _gpt2.__wrapped__()[1] == ours._ranks
+
+
 @pytest.fixture(scope="session")
 def fast(ranks) -> FastGpt2:
-    return FastGpt2(ranks)
+    encoder, trouble = checked_fast(load_tokenizer("gpt2"), ranks)
+    assert trouble == ""
+    return encoder
 
 
 def differing(fast: FastGpt2, texts) -> list[str]:
@@ -181,19 +190,19 @@ def test_what_gigatoken_remembers_is_bounded(ranks, monkeypatch):
     assert peak - before < 200 * 2**20
 
 
-def test_without_gigatoken_tiktoken_does_the_work_and_says_so(gpt2_cache, tmp_path, monkeypatch):
+def test_without_gigatoken_tiktoken_does_the_work_and_says_so(ranks, monkeypatch):
     monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
-    path, trouble = write_ranks(load_tokenizer("gpt2"), tmp_path)
-    assert path is None
+    encoder, trouble = checked_fast(load_tokenizer("gpt2"), ranks)
+    assert encoder is None
     assert "gigatoken package is not installed" in trouble
-    assert isinstance(make_encoder("gpt2", path), Gpt2Reference)
+    assert isinstance(make_encoder("gpt2", None), Gpt2Reference)
 
 
-def test_a_gigatoken_that_differs_is_not_used(gpt2_cache, tmp_path, monkeypatch):
+def test_a_gigatoken_that_differs_is_not_used(ranks, monkeypatch):
     right = FastGpt2.encode
     monkeypatch.setattr(FastGpt2, "encode", lambda self, document: right(self, document.replace(b"don't", b"dont")))
-    path, trouble = write_ranks(load_tokenizer("gpt2"), tmp_path)
-    assert path is None
+    encoder, trouble = checked_fast(load_tokenizer("gpt2"), ranks)
+    assert encoder is None
     assert "differently from tiktoken" in trouble
 
 

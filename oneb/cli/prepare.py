@@ -98,7 +98,6 @@ def _require_packages() -> None:
 
 def _prepare(arguments: argparse.Namespace, line: ProgressLine) -> None:
     from oneb.data.prepare import check_output, default_workers, prepare
-    from oneb.data.tokenizer import load_tokenizer
     from oneb.data.workers import usable_workers
 
     if arguments.tokens is None and not arguments.input:
@@ -106,12 +105,11 @@ def _prepare(arguments: argparse.Namespace, line: ProgressLine) -> None:
                         "for instance --tokens 100M")
     check_output(arguments.output, arguments.tokens, force=arguments.force)
     files, source, revision = _files(arguments, line.say)
-    tokenizer = load_tokenizer(arguments.tokenizer)
     workers = arguments.workers or default_workers(files, arguments.tokens, usable_workers())
     started = time.monotonic()
-    done = prepare(files, tokenizer, arguments.output, source=source, revision=revision, n_tokens=arguments.tokens,
-                   text_column=arguments.text_column, n_workers=workers, force=arguments.force, say=line.say,
-                   progress=line.update)
+    done = prepare(files, arguments.tokenizer, arguments.output, source=source, revision=revision,
+                   n_tokens=arguments.tokens, text_column=arguments.text_column, n_workers=workers,
+                   force=arguments.force, say=line.say, progress=line.update)
     line.close()
     _report(done, time.monotonic() - started)
 

@@ -145,14 +145,14 @@ class Commits:
 class Work:
     """From the journal's state to all the tokens that are wanted."""
 
-    def __init__(self, files: Sequence[InputFile], job: Job, journal: Journal, n_workers: int, n_tokens: int | None,
-                 progress: Callable[[Progress], None]) -> None:
+    def __init__(self, files: Sequence[InputFile], job: Job, journal: Journal, workers: InProcess | Pool,
+                 n_tokens: int | None, progress: Callable[[Progress], None]) -> None:
         self.files, self.job, self.journal, self.n_tokens, self.progress = files, job, journal, n_tokens, progress
         self.arrivals = Arrivals(files)
         self.commits = Commits(journal, _COMMIT_SECONDS)
         self.sizes = (0, *accumulate(file.size for file in files))
-        self.pool = Pool(job, n_workers) if n_workers > 1 else InProcess(job)
-        self.window = 3 * n_workers + 2  # units on the way: what one slow unit may keep others waiting for
+        self.pool = workers
+        self.window = 3 * workers.n_workers + 2  # units on the way: what one slow unit may keep others waiting for
         self.order: deque[_OnTheWay] = deque()
         self.next_token, self.next_document = journal.state.tokens, journal.state.documents  # to be placed
         self.share = 0.0  # of the current file that is appended
@@ -179,7 +179,6 @@ class Work:
             self.commits.wait()
         finally:
             self.arrivals.stop()
-            self.pool.close()
             self.commits.close()
 
     def _is_full(self) -> bool:

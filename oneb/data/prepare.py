@@ -8,23 +8,24 @@ processes and any history of kills.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from oneb.data.assemble import Progress, Work
-from oneb.data.encode import write_ranks
+from oneb.data.encode import FastGpt2, checked_fast
 from oneb.data.journal import Journal, parts_folder
 from oneb.data.parts import Job
 from oneb.data.sidecar import Sidecar
 from oneb.data.sources import InputFile, Skipped, check_kinds
-from oneb.data.tokenizer import Tokenizer
+from oneb.data.tokenizer import Gpt2Tokenizer, Tokenizer, load_tokenizer
 from oneb.data.units import UNIT_BYTES
-from oneb.data.workers import disk_full
+from oneb.data.workers import InProcess, Pool, disk_full
 from oneb.errors import OnebError
 from oneb.units import format_gib
 
@@ -65,9 +66,9 @@ def check_output(output: Path, n_tokens: int | None, itemsize: int = 2, *, force
                         f"{format_gib(free)} free; ask for fewer --tokens or write to another disk")
 
 
-def prepare(files: Sequence[InputFile], tokenizer: Tokenizer, output: Path, *, source: str, revision: str | None = None,
-            n_tokens: int | None = None, text_column: str = "text", n_workers: int = 1, force: bool = False,
-            say: Callable[[str], None] = lambda message: None,
+def prepare(files: Sequence[InputFile], tokenizer: Tokenizer | str, output: Path, *, source: str,
+            revision: str | None = None, n_tokens: int | None = None, text_column: str = "text", n_workers: int = 1,
+            force: bool = False, say: Callable[[str], None] = lambda message: None,
             progress: Callable[[Progress], None] = lambda progress: None) -> Prepared:
     """Tokenize ``files`` into ``output``, the end-of-text id after each document.
 
@@ -75,6 +76,7 @@ def prepare(files: Sequence[InputFile], tokenizer: Tokenizer, output: Path, *, s
     work lies in ``X.npy.parts``.
 
     Args:
+        tokenizer: or its name; then it is loaded while the processes start.
         source, revision: where the documents come from, for the sidecar.
         n_tokens: exactly so many tokens, the last document cut; None takes all there is.
         n_workers: processes; 1 works in this one.
@@ -82,40 +84,60 @@ def prepare(files: Sequence[InputFile], tokenizer: Tokenizer, output: Path, *, s
         progress: called about twice a second.
 
     Raises:
-        OnebError: as ``check_output``; if there is no text at all; if a file, its disk or the Hub fails.
+        OnebError: as ``check_output`` and ``load_tokenizer``; if there is no text at all; if a file, its disk or the
+            Hub fails.
     """
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    check_output(output, n_tokens, dtype.itemsize, force=force)
-    check_kinds(files, tokenizer.name)
-    key = {"format": _FORMAT, "tokens": n_tokens, "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.sha256,
-           "text_column": text_column, "source": source,
-           "input": [[file.name, file.size, file.version] for file in files]}
-    journal = Journal(output, dtype, key, say)
-    try:
-        sidecar = journal.finished()
-        if sidecar is not None:
-            journal.publish()
-            return Prepared(output, sidecar, max(0, (n_tokens or 0) - sidecar.tokens), Skipped(), 0)
-        if (journal.folder / "final.json").exists():  # of other options: that file is whole, so it gets its name
-            journal.publish()
+    with contextlib.closing(Pool(n_workers) if n_workers > 1 else InProcess()) as workers:
+        if isinstance(tokenizer, str):
+            tokenizer = load_tokenizer(tokenizer)
+        dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        check_output(output, n_tokens, dtype.itemsize, force=force)
+        check_kinds(files, tokenizer.name)
+        key = {"format": _FORMAT, "tokens": n_tokens, "tokenizer": tokenizer.name,
+               "tokenizer_sha256": tokenizer.sha256, "text_column": text_column, "source": source,
+               "input": [[file.name, file.size, file.version] for file in files]}
+        journal = Journal(output, dtype, key, say)
+        try:
+            sidecar = journal.finished()
+            if sidecar is not None:
+                journal.publish()
+                return Prepared(output, sidecar, max(0, (n_tokens or 0) - sidecar.tokens), Skipped(), 0)
+            if (journal.folder / "final.json").exists():  # of other options: that file is whole, so it gets its name
+                journal.publish()
+                journal.close()
+                check_output(output, n_tokens, dtype.itemsize, force=force)
+                journal = Journal(output, dtype, key, say)
+            journal.begin(n_tokens)
+            job = _begin(workers, files, tokenizer, journal, text_column, say)
+            Work(files, job, journal, workers, n_tokens, progress).run()
+            return _finish(journal, files, tokenizer, source, revision, n_tokens)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise disk_full(journal.folder) from error
+            raise
+        finally:
+            workers.close()  # they write no more
+            journal.give_up()
             journal.close()
-            check_output(output, n_tokens, dtype.itemsize, force=force)
-            journal = Journal(output, dtype, key, say)
-        journal.begin(n_tokens)
-        ranks, trouble = write_ranks(tokenizer, journal.folder)
-        if trouble:
+
+
+def _begin(workers: InProcess | Pool, files: Sequence[InputFile], tokenizer: Tokenizer, journal: Journal,
+           text_column: str, say: Callable[[str], None]) -> Job:
+    """Tell the workers what the job is. GPT-2's vocabulary they load while it is checked here."""
+    job = Job(journal.folder, tokenizer.name, None, tokenizer.eot, tokenizer.vocab_size, journal.dtype.name,
+              text_column, len(files))
+    encoder: FastGpt2 | None = None
+    if isinstance(tokenizer, Gpt2Tokenizer) and any(file.kind != "tokens" for file in files):
+        ranks = journal.folder / "gpt2.tiktoken"
+        ranks.write_bytes(tokenizer.ranks)
+        workers.begin(replace(job, ranks=ranks))
+        encoder, trouble = checked_fast(tokenizer, ranks)
+        if encoder is None:
             say(f"warning: {trouble}")
-        job = Job(journal.folder, tokenizer.name, ranks, tokenizer.eot, tokenizer.vocab_size, dtype.name,
-                  text_column, len(files))
-        Work(files, job, journal, n_workers, n_tokens, progress).run()
-        return _finish(journal, files, tokenizer, source, revision, n_tokens)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_full(journal.folder) from error
-        raise
-    finally:
-        journal.give_up()
-        journal.close()
+        else:
+            job = replace(job, ranks=ranks)
+    workers.begin(job, encoder)
+    return job
 
 
 def _finish(journal: Journal, files: Sequence[InputFile], tokenizer: Tokenizer, source: str, revision: str | None,

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import base64
+import binascii
 import hashlib
 import json
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from oneb.config import BYTE_VOCAB_SIZE, GPT2_VOCAB_SIZE
 from oneb.data.demo import DEMO_EOT
 from oneb.errors import OnebError
+
+if TYPE_CHECKING:
+    import tiktoken
+
+# GPT-2's merges, where tiktoken finds and keeps them, and their SHA-256 (tiktoken_ext/openai_public.py).
+_MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
 
 class Tokenizer(Protocol):
@@ -56,11 +66,9 @@ class Gpt2Tokenizer:
     eot = 50256
 
     def __init__(self) -> None:
-        import tiktoken
-
         # Downloading fails as OSError (requests' errors are), a damaged download as ValueError.
         try:
-            self._encoding = tiktoken.get_encoding("gpt2")
+            self._encoding, self._ranks = _gpt2()
         except (OSError, ValueError) as error:
             raise OnebError(
                 "tiktoken could not download GPT-2's vocabulary "
@@ -76,8 +84,8 @@ class Gpt2Tokenizer:
     @cached_property
     def ranks(self) -> bytes:
         """The vocabulary as a ``.tiktoken`` file: a line of base64 and rank each, in order of rank."""
-        pairs = ((self._encoding.decode_single_token_bytes(rank), rank) for rank in range(self.eot))
-        return b"".join(base64.b64encode(piece) + b" %d\n" % rank for piece, rank in pairs)
+        return b"".join(binascii.b2a_base64(piece, newline=False) + b" %d\n" % rank
+                        for piece, rank in self._ranks.items())
 
     @property
     def sha256(self) -> str:
@@ -85,6 +93,42 @@ class Gpt2Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([int(token) for token in ids])
+
+
+@cache
+def _gpt2() -> tuple[tiktoken.Encoding, dict[bytes, int]]:
+    """tiktoken's GPT-2, and the rank of each of its tokens, in order.
+
+    tiktoken's own function takes four times as long: it compares the merges with a second file.
+    """
+    import tiktoken
+
+    try:
+        from tiktoken.load import read_file_cached
+        from tiktoken_ext.openai_public import r50k_pat_str
+    except ImportError:  # an older version
+        encoding = tiktoken.get_encoding("gpt2")
+        return encoding, {encoding.decode_single_token_bytes(rank): rank for rank in range(Gpt2Tokenizer.eot)}
+    ranks = _merged_bytes(read_file_cached(_MERGES_URL, _MERGES_SHA256).decode())
+    special = {"<|endoftext|>": Gpt2Tokenizer.eot}
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special,
+                             explicit_n_vocab=Gpt2Tokenizer.vocab_size), ranks
+
+
+def _merged_bytes(merges: str) -> dict[bytes, int]:
+    """Tokens by rank: single bytes, then each line's two parts merged.
+
+    GPT-2 writes a byte as a character that can be seen: itself if it can, else one from U+0100 on, in order.
+    """
+    seen = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    byte_of = np.zeros(512, np.uint8)
+    byte_of[seen], byte_of[256:256 + len(unseen)] = seen, unseen
+    merged = [line.replace(" ", "", 1) for line in merges.split("\n")[1:-1]]
+    whole = byte_of[np.frombuffer("".join(merged).encode("utf-16-le"), "<u2")].tobytes()
+    ends = [0, *accumulate(map(len, merged))]
+    tokens = [bytes([byte]) for byte in (*seen, *unseen)] + [whole[i:j] for i, j in pairwise(ends)]
+    return {token: rank for rank, token in enumerate(tokens)}
 
 
 class FileTokenizer:

@@ -10,14 +10,11 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
 
 from oneb.data.encode import Encoder, make_encoder
 from oneb.data.parts import Counts, Job, Part, Place, Placed, Target, encode_unit
@@ -53,11 +50,21 @@ def _before(unit: Unit) -> tuple[int, int]:
 class Worker:
     """Does tasks in this process."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self) -> None:
+        self._job: Job | None = None
         self._encoder: Encoder | None = None
         self._target: Target | None = None
         self._kept: dict[Unit, Part] = {}
+
+    def begin(self, job: Job, encoder: Encoder | None = None) -> None:
+        """The job of all tasks to come, and its encoder if it has been made."""
+        self._job, self._encoder = job, encoder
+
+    def load(self) -> None:
+        """Make ready what most tasks need, before the first one is here."""
+        with contextlib.suppress(Exception):  # fallback: the parent loads it, too, and says what is wrong with it
+            if self._job is not None and self._job.ranks is not None:
+                self._encoder = make_encoder(self._job.encoding, self._job.ranks)
 
     def do(self, task: Task) -> Answer:
         """What a :data:`Result` holds.
@@ -67,22 +74,21 @@ class Worker:
         """
         if isinstance(task, Hash):
             return sha256_file(task.path)
+        job = self._job
+        assert job is not None
         # Open, and so locked, before anybody can be told to write.
-        self._target = self._target or Target(self._job.folder)
+        self._target = self._target or Target(job.folder)
         if isinstance(task, Place):
-            return self._place(task, self._target)
+            try:
+                return self._target.write(self._kept.pop(task.unit), task)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise disk_full(job.folder) from error
+                raise
         if self._encoder is None and task.kind != "tokens":
-            self._encoder = make_encoder(self._job.encoding, self._job.ranks)
-        part = self._kept[task] = encode_unit(task, self._job, self._encoder)
+            self._encoder = make_encoder(job.encoding, job.ranks)
+        part = self._kept[task] = encode_unit(task, job, self._encoder)
         return part.counts
-
-    def _place(self, place: Place, target: Target) -> Placed:
-        try:
-            return target.write(self._kept.pop(place.unit), place)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise disk_full(self._job.folder) from error
-            raise
 
     def may(self, task: Task) -> bool:
         """Whether to begin it now: memory for what waits is bounded, and what all others wait for must go on."""
@@ -119,8 +125,14 @@ def disk_full(folder: Path) -> OnebError:
 class InProcess:
     """The one worker of a small job: this process."""
 
-    def __init__(self, job: Job) -> None:
-        self._worker, self._tasks = Worker(job), deque[Task]()
+    n_workers = 1
+
+    def __init__(self) -> None:
+        self._worker, self._tasks = Worker(), deque[Task]()
+
+    def begin(self, job: Job, encoder: Encoder | None = None) -> None:
+        """What all tasks to come are of, and its encoder if this process has made one. May be said again, corrected."""
+        self._worker.begin(job, encoder)
 
     def has_room(self) -> bool:
         """Whether another unit would be taken up soon."""
@@ -150,24 +162,36 @@ class _Hand:
     tasks: deque[Unit | Hash] = field(default_factory=deque)  # to do
     kept: dict[Unit, Place | None] = field(default_factory=dict)  # encoded; where it was told to write them
 
+    def begin(self, job: Job) -> None:
+        with contextlib.suppress(OSError):  # it died; ``results`` finds that out and starts another
+            self.pipe.send(job)
+
     def send(self, task: Task) -> None:
         if isinstance(task, Place):
             self.kept[task.unit] = task
         else:
             self.tasks.append(task)
-        with contextlib.suppress(OSError):  # it died; ``results`` finds that out and gives its tasks to another
+        with contextlib.suppress(OSError):  # as above, and gives its tasks to that one
             self.pipe.send(task)
 
 
 class Pool:
-    """As :class:`InProcess`, over ``n_workers`` processes."""
+    """As :class:`InProcess`, over ``n_workers`` processes, which start at once: loading takes them a moment."""
 
-    def __init__(self, job: Job, n_workers: int) -> None:
-        # Not forked: the parent has threads (downloads, the tokenizer's own), whose locks a fork would copy.
-        self._start = partial(_start, multiprocessing.get_context("spawn"), job)
-        self._hands = [self._start() for _ in range(n_workers)]
+    def __init__(self, n_workers: int) -> None:
+        self.n_workers = n_workers
+        self._job: Job | None = None
+        self._hands: list[_Hand] = []
+        for _ in range(n_workers):
+            self._hands.append(_start(self._hands))
         self._deaths: dict[Task | None, int] = {}
         self._again: dict[Unit, Place] = {}  # being encoded a second time; their places are known
+
+    def begin(self, job: Job, encoder: Encoder | None = None) -> None:
+        if job != self._job:
+            self._job = job
+            for hand in self._hands:
+                hand.begin(job)
 
     def has_room(self) -> bool:
         return any(len(hand.tasks) < _WAITING for hand in self._hands)
@@ -224,8 +248,13 @@ class Pool:
             how = f"by signal {-code}" if code < 0 else f"with code {code}"
             raise OnebError(f"a worker process ended {how}{what}, perhaps for lack of memory. "
                             "Run the same command again, with fewer --workers: it continues")
-        hand = self._start()
-        self._hands[self._hands.index(dead)] = hand
+        place = self._hands.index(dead)
+        del self._hands[place]
+        dead.pipe.close()
+        hand = _start(self._hands)
+        self._hands.insert(place, hand)
+        if self._job is not None:
+            hand.begin(self._job)
         self._again |= {unit: place for unit, place in dead.kept.items() if place is not None}
         hashes = [task for task in dead.tasks if isinstance(task, Hash)]
         units = [task for task in (*dead.kept, *dead.tasks) if isinstance(task, Unit)]
@@ -240,9 +269,15 @@ class Pool:
             hand.pipe.close()
 
 
-def _start(context: Any, job: Job) -> _Hand:
+def _start(others: list[_Hand]) -> _Hand:
+    """A new process beside these."""
+    # A fork is there at once, with all that is loaded. But it copies locks as threads hold them (downloads, other
+    # packages' own), and nobody would let go of them: where there are threads, a process begins anew.
+    fork = _n_threads() == 1
+    context = multiprocessing.get_context("fork" if fork else "spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, job), daemon=True)
+    inherited = [ours, *(hand.pipe for hand in others)] if fork else []
+    process = context.Process(target=_work, args=(theirs, inherited), daemon=True)
     # Ctrl-C reaches the whole group, and the parent decides: the child inherits that it does not listen.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -253,13 +288,24 @@ def _start(context: Any, job: Job) -> _Hand:
     return _Hand(process, ours)
 
 
-def _work(pipe: Connection, job: Job) -> None:
+def _n_threads() -> int | None:
+    """Of this process, also those that Python does not know of; None where the system does not say it in /proc."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return None
+
+
+def _work(pipe: Connection, inherited: list[Connection]) -> None:
     """A worker process."""
-    received: SimpleQueue[Task] = SimpleQueue()
+    for end in inherited:
+        end.close()  # so that reading ends when the parent does
+    received: SimpleQueue[Task | Job] = SimpleQueue()
     threading.Thread(target=_receive, args=(pipe, received), daemon=True).start()
-    worker, waiting = Worker(job), _Waiting(received)
+    worker = Worker()
+    waiting = _Waiting(received, worker)
     while True:
-        task = waiting.take(worker.may)
+        task = waiting.take()
         try:
             answer = ("done", task, worker.do(task))
         except OnebError as error:
@@ -272,7 +318,7 @@ def _work(pipe: Connection, job: Job) -> None:
             return
 
 
-def _receive(pipe: Connection, received: SimpleQueue[Task]) -> None:
+def _receive(pipe: Connection, received: SimpleQueue[Task | Job]) -> None:
     """Tasks from the pipe. It closes when the parent ends, were it killed; then so does this process, at once."""
     try:
         while True:
@@ -284,22 +330,26 @@ def _receive(pipe: Connection, received: SimpleQueue[Task]) -> None:
 class _Waiting:
     """Tasks in the order in which a worker takes them: first what only has to be written, and then is off its hands."""
 
-    def __init__(self, received: SimpleQueue[Task]) -> None:
-        self._received = received
+    def __init__(self, received: SimpleQueue[Task | Job], worker: Worker) -> None:
+        self._received, self._worker = received, worker
         self._places: deque[Task] = deque()
         self._others: deque[Task] = deque()
 
-    def take(self, may: Callable[[Task], bool]) -> Task:
-        """The next task; waits for one that it ``may`` begin."""
+    def take(self) -> Task:
+        """The next task; waits for one that may begin."""
         while True:
             with contextlib.suppress(Empty):
                 while True:
                     self._sort(self._received.get_nowait())
             if self._places:
                 return self._places.popleft()
-            if self._others and may(self._others[0]):
+            if self._others and self._worker.may(self._others[0]):
                 return self._others.popleft()
             self._sort(self._received.get())
 
-    def _sort(self, task: Task) -> None:
-        (self._places if isinstance(task, Place) else self._others).append(task)
+    def _sort(self, task: Task | Job) -> None:
+        if isinstance(task, Job):
+            self._worker.begin(task)
+            self._worker.load()
+        else:
+            (self._places if isinstance(task, Place) else self._others).append(task)
