@@ -87,7 +87,8 @@ def prepare(files: Sequence[InputFile], tokenizer: Tokenizer | str, output: Path
         OnebError: as ``check_output`` and ``load_tokenizer``; if there is no text at all; if a file, its disk or the
             Hub fails.
     """
-    with contextlib.closing(Pool(n_workers) if n_workers > 1 else InProcess()) as workers:
+    kinds = {file.kind for file in files}
+    with contextlib.closing(Pool(n_workers, kinds) if n_workers > 1 else InProcess()) as workers:
         if isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer)
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")

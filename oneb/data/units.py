@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -73,6 +73,12 @@ def plan_units(file: int, path: Path, kind: str, *, text_column: str, splits: bo
     pairs = list(zip(bounds[:-1], bounds[1:], strict=True))
     for index, (start, stop) in enumerate(pairs):
         yield Unit(file, index, path, kind, start, stop, (stop - start) / total, index == len(pairs) - 1)
+
+
+def load_readers(kinds: Iterable[str]) -> None:
+    """Import what reading these kinds of files will need: better while there is nothing else to do."""
+    if "parquet" in kinds:
+        import pyarrow.parquet  # noqa: F401
 
 
 def _parquet_bounds(path: Path, text_column: str) -> list[int]:
@@ -190,7 +196,9 @@ def _parquet_documents(unit: Unit, text_column: str, skipped: Skipped) -> Iterat
                     valid = True
                 except pa.ArrowInvalid:
                     valid = False
-                for text in texts.cast(pa.large_binary()).to_pylist():
+                # Not a cast: that loads pyarrow's functions, a tenth of a second of every worker.
+                binary = pa.large_binary() if pa.types.is_large_string(texts.type) else pa.binary()
+                for text in texts.view(binary).to_pylist():
                     row += 1
                     if not text:
                         skipped.empty += 1

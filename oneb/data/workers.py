@@ -10,6 +10,7 @@ import signal
 import threading
 import traceback
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -18,7 +19,7 @@ from queue import Empty, SimpleQueue
 
 from oneb.data.encode import Encoder, make_encoder
 from oneb.data.parts import Counts, Job, Part, Place, Placed, Target, encode_unit
-from oneb.data.units import Unit
+from oneb.data.units import Unit, load_readers
 from oneb.errors import OnebError
 from oneb.files import sha256_file
 
@@ -176,14 +177,18 @@ class _Hand:
 
 
 class Pool:
-    """As :class:`InProcess`, over ``n_workers`` processes, which start at once: loading takes them a moment."""
+    """As :class:`InProcess`, over ``n_workers`` processes, which start at once: loading takes them a moment.
 
-    def __init__(self, n_workers: int) -> None:
-        self.n_workers = n_workers
+    Args:
+        kinds: of files that they are going to read.
+    """
+
+    def __init__(self, n_workers: int, kinds: Iterable[str] = ()) -> None:
+        self.n_workers, self._kinds = n_workers, frozenset(kinds)
         self._job: Job | None = None
         self._hands: list[_Hand] = []
         for _ in range(n_workers):
-            self._hands.append(_start(self._hands))
+            self._hands.append(_start(self._hands, self._kinds))
         self._deaths: dict[Task | None, int] = {}
         self._again: dict[Unit, Place] = {}  # being encoded a second time; their places are known
 
@@ -251,7 +256,7 @@ class Pool:
         place = self._hands.index(dead)
         del self._hands[place]
         dead.pipe.close()
-        hand = _start(self._hands)
+        hand = _start(self._hands, self._kinds)
         self._hands.insert(place, hand)
         if self._job is not None:
             hand.begin(self._job)
@@ -269,15 +274,15 @@ class Pool:
             hand.pipe.close()
 
 
-def _start(others: list[_Hand]) -> _Hand:
-    """A new process beside these."""
+def _start(others: list[_Hand], kinds: frozenset[str]) -> _Hand:
+    """A new process beside these, which will read files of such kinds."""
     # A fork is there at once, with all that is loaded. But it copies locks as threads hold them (downloads, other
     # packages' own), and nobody would let go of them: where there are threads, a process begins anew.
     fork = _n_threads() == 1
     context = multiprocessing.get_context("fork" if fork else "spawn")
     ours, theirs = context.Pipe()
     inherited = [ours, *(hand.pipe for hand in others)] if fork else []
-    process = context.Process(target=_work, args=(theirs, inherited), daemon=True)
+    process = context.Process(target=_work, args=(theirs, inherited, kinds), daemon=True)
     # Ctrl-C reaches the whole group, and the parent decides: the child inherits that it does not listen.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -296,12 +301,13 @@ def _n_threads() -> int | None:
         return None
 
 
-def _work(pipe: Connection, inherited: list[Connection]) -> None:
+def _work(pipe: Connection, inherited: list[Connection], kinds: frozenset[str]) -> None:
     """A worker process."""
     for end in inherited:
         end.close()  # so that reading ends when the parent does
     received: SimpleQueue[Task | Job] = SimpleQueue()
     threading.Thread(target=_receive, args=(pipe, received), daemon=True).start()
+    load_readers(kinds)
     worker = Worker()
     waiting = _Waiting(received, worker)
     while True:
