@@ -160,6 +160,23 @@ def test_wait_is_measured(tokens, monkeypatch):
         assert loader.wait_seconds < 0.05  # it was gathered meanwhile
 
 
+def test_a_wait_is_told_of_while_it_lasts(tokens, monkeypatch):
+    monkeypatch.setattr("oneb.data.loader._WAITING_S", 0.05)
+    arrives, told = threading.Event(), []
+    monkeypatch.setattr(tokens, "wait_for", lambda *_: arrives.wait(30))
+
+    def waiting(seconds: float) -> None:
+        told.append(seconds)
+        if len(told) == 3:
+            arrives.set()
+
+    with BatchLoader(tokens, ORDER, vocab_size=VOCAB, start_step=0, total_steps=3) as loader:
+        assert loader.next(waiting).step == 0
+        assert len(told) >= 3
+        assert told == sorted(told)
+        assert 0.15 <= told[2] <= loader.wait_seconds
+
+
 @pytest.mark.parametrize("rows", [1, 4, 7, 1000])
 def test_evaluation_reads_the_same_tokens_whatever_the_micro_batch(tokens, rows):
     offsets = eval_offsets(N_TRAIN, N_VAL, 32, eval_tokens=1000)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
-from named_helpers import FILES, NAME, REPO, Machine, finish, ids, shard, shard_name
+from hub_server import Hub
+from named_helpers import FILES, NAME, REPO, Machine, finish, hold, ids, shard, shard_name
 
 from oneb.data.formats import open_file
 from oneb.data.verify import verify
@@ -36,6 +38,13 @@ def inodes(folder: Path, pattern: str) -> list[int]:
 def blobs(machine: Machine) -> Path:
     folder, = (machine.folder / "home").glob("hub/datasets--*/blobs")
     return folder
+
+
+def large_shards(hub: Hub) -> None:
+    """The Hub's shards have 2 MiB, and fineweb-edu:3M four of them."""
+    for number in range(4):
+        drawn = np.random.default_rng(number).integers(0, 50256, 2**20).astype("<u2")
+        hub.datasets[REPO][shard_name(number)] = shard(drawn)
 
 
 def test_the_caches_shards_are_the_files_and_of_other_data_sets_too(hub, machine):
@@ -69,11 +78,8 @@ def test_on_another_disk_there_are_copies_of_what_is_wanted(machine, disk):
 
 def test_a_disk_that_holds_the_shards_once_is_large_enough(hub, machine, disk):
     """Where cache and data are on it; and what is asked for where they are not is the second time."""
-    n_tokens = 2**20
-    for number in range(4):
-        drawn = np.random.default_rng(number).integers(0, 50256, n_tokens).astype("<u2")
-        hub.datasets[REPO][shard_name(number)] = shard(drawn)
-    small = disk(10 * 2**20)  # four shards of 2 MiB
+    large_shards(hub)
+    small = disk(10 * 2**20)
     machine.data = small / "data"
     read_all(machine, "fineweb-edu:3M", HF_HOME=str(small / "home"))
     assert shutil.disk_usage(small).free > 2**20
@@ -81,3 +87,16 @@ def test_a_disk_that_holds_the_shards_once_is_large_enough(hub, machine, disk):
     tight.data = disk(5 * 2**20)
     assert "the data takes 5.7 MiB more" in read_all(tight, "fineweb-edu:3M", 1)
     assert not list(tight.data.rglob("*.bin"))
+
+
+def test_checkpoints_and_data_that_is_to_come_need_room_together(hub, machine, disk):
+    large_shards(hub)
+    hold(hub, *range(4))
+    options = ["--optimizer", "lion"]  # or what comes first counts the smallest
+    refused = finish(machine.train("fineweb-edu:3M", *options, "--run-root", str(disk(2**20))), 2)[1]
+    needed = float(re.search(r"the run's checkpoints take ([\d.]+) MiB", refused)[1])
+    both = disk(int((needed + 5) * 2**20))
+    refused = finish(machine.train("fineweb-edu:3M", *options, "--run-root", str(both), "--data-root",
+                                   str(both / "data"), HF_HOME=str(both / "home")), 2)[1]
+    assert f"checkpoints take {needed} MiB" in refused
+    assert "free, of which data that is still to come takes 8.0 MiB" in refused

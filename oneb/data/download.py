@@ -16,7 +16,7 @@ import numpy as np
 
 from oneb.data.arriving import locked
 from oneb.data.formats import BIN_HEADER_BYTES, BIN_MAGIC, BIN_VERSION, open_file
-from oneb.data.hub import HubFile, fetch
+from oneb.data.hub import HubFile, bytes_to_fetch, cache_disk, can_link, fetch
 from oneb.data.hub_failures import Unreachable
 from oneb.data.journal import index_path, npy_header
 from oneb.data.reading import TokenFile
@@ -27,6 +27,7 @@ from oneb.files import atomic_writer, fsync_directory, sha256_file
 from oneb.units import format_duration, format_gib
 
 EOT, VOCAB_SIZE = 50256, 50257  # of GPT-2, whose ids the shards hold
+_ITEM_BYTES = 2  # a token
 _CHUNK_TOKENS = 4 * 2**20
 _POLL_S = 0.2  # how often a waiting thread looks for the file, and for the end of the wait
 _LOCK_POLL_S = 0.5
@@ -53,6 +54,7 @@ class Download:
 
     def __init__(self, folder: Path, dataset: HubDataset, pieces: Sequence[Piece]) -> None:
         self.folder, self.dataset, self.pieces = folder, dataset, pieces
+        self._copies = not can_link(dataset, folder)  # the shards in the Hub's cache are not the data set's files
         self._wanted = 0  # the piece that was waited for last
         self._arriving: tuple[int, int, float, int] | None = None  # piece, bytes at first, since when, bytes now
         self._attempts, self._alone = 0, True  # tries; whether no other process was downloading at the last of them
@@ -100,9 +102,18 @@ class Download:
             self._waiting += more
             (self._awaited.set if self._waiting else self._awaited.clear)()
 
-    def missing(self) -> int:
-        """How many of the files are not there yet."""
-        return sum(not (self.folder / piece.name).exists() for piece in self.pieces)
+    def missing(self) -> list[Piece]:
+        """The files that are not there yet."""
+        return [piece for piece in self.pieces if not (self.folder / piece.name).exists()]
+
+    def bytes_to_write(self, folder: Path) -> int:
+        """What the files that are not there yet will take on the disk of ``folder``, in the Hub's cache and outside."""
+        disk, missing, n_bytes = folder.stat().st_dev, self.missing(), 0
+        if cache_disk(self.dataset).stat().st_dev == disk:
+            n_bytes += bytes_to_fetch(self.dataset, [piece.shard for piece in missing])
+        if self._copies and self.folder.stat().st_dev == disk:
+            n_bytes += sum(_ITEM_BYTES * piece.n_tokens for piece in missing)
+        return n_bytes
 
     def faults(self) -> list[str]:
         """What went wrong since the last call while nobody waited, a sentence each."""

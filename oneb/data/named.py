@@ -38,7 +38,6 @@ Say = Callable[[str], None]
 _REPORT_S = 10.0
 _LOCK_POLL_S = 0.5
 _FORMAT = 2  # of the manifest
-_ITEM_BYTES = 2  # a token
 
 
 @dataclass(frozen=True)
@@ -142,9 +141,9 @@ def _arriving(plan: dict[str, Any], folder: Path, vocab_size: int, say: Say) -> 
         raise OnebError(f"{folder} holds GPT-2 tokens, with ids below {GPT2_VOCAB_SIZE}; the model has {vocab_size}; "
                         f"wanted --vocab-size {GPT2_VOCAB_SIZE} or more")
     validation, *training = plan["files"]
-    missing = [file for file in plan["files"] if not (folder / file["name"]).exists()]
     allow_open_files(len(plan["files"]))
-    download = _download(plan, missing, folder) if missing else None
+    complete = all((folder / file["name"]).exists() for file in plan["files"])
+    download = None if complete else _download(plan, folder)
     vouched = Sidecar(encoding="gpt2", vocab_size=GPT2_VOCAB_SIZE)
     shards = [Shard(ArrivingFile(folder / file["name"], file["tokens"], download), vouched)
               for file in (*training, validation)]
@@ -155,25 +154,21 @@ def _arriving(plan: dict[str, Any], folder: Path, vocab_size: int, say: Say) -> 
     return Data(tokens, sum(groups), validation["tokens"], groups)
 
 
-def _download(plan: dict[str, Any], missing: list[dict[str, Any]], folder: Path) -> Download:
+def _download(plan: dict[str, Any], folder: Path) -> Download:
     """See that there is room, write the manifest; what brings the missing files, not begun."""
     # Here: a run whose data is all there needs no client of the Hub.
     from oneb.data.download import Download, Piece
-    from oneb.data.hub import HubFile, bytes_to_fetch, cache_disk, can_link, check_space
+    from oneb.data.hub import HubFile, check_space
 
     dataset = HubDataset(plan["repo"], plan["files"][0]["shard"]["revision"], "*")
     pieces = [Piece(file["name"], file["tokens"], HubFile(**file["shard"])) for file in plan["files"]]
-    wanted = [piece.shard for piece, file in zip(pieces, plan["files"], strict=True) if file in missing]
-    check_space(dataset, wanted)
     make_folder(folder)
-    if not can_link(dataset, folder):  # else the shards in the Hub's cache are the data set's files, too
-        needed = sum(_ITEM_BYTES * file["tokens"] for file in missing)
-        if cache_disk(dataset).stat().st_dev == folder.stat().st_dev:
-            needed += bytes_to_fetch(dataset, wanted)
-        _check_room(folder, needed)
+    download = Download(folder, dataset, pieces)
+    check_space(dataset, [piece.shard for piece in download.missing()])
+    _check_room(folder, download.bytes_to_write(folder))
     if not (folder / MANIFEST).exists():
         write_json(folder / MANIFEST, plan)
-    return Download(folder, dataset, pieces)
+    return download
 
 
 def make_folder(folder: Path) -> None:

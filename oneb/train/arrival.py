@@ -40,7 +40,7 @@ class Arrival:
         self._looked_at = time.monotonic()
         for fault in download.faults():
             self._recorder.warn(step, fault)
-        n_files, missing = len(download.pieces), download.missing()
+        n_files, missing = len(download.pieces), len(download.missing())
         self._recorder.arrived(n_files - missing, n_files)
         if not missing:
             self._download = None

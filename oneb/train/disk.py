@@ -9,6 +9,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,12 +56,14 @@ def least_disk_use(config: Config) -> Disk:
     return disk_use(settled(config))
 
 
-def check_room(config: Config, directory: RunDirectory, disk: Disk, reclaimed: int = 0) -> None:
+def check_room(config: Config, directory: RunDirectory, disk: Disk, reclaimed: int = 0,
+               to_come: Callable[[Path], int] | None = None) -> None:
     """That the run's checkpoints will find room, beside those that are there already.
 
     Args:
         disk: their sizes.
         reclaimed: bytes in use now that will not be.
+        to_come: bytes that will be in use on the disk of a folder, by something else than checkpoints.
 
     Raises:
         OnebError: they will not.
@@ -70,8 +73,8 @@ def check_room(config: Config, directory: RunDirectory, disk: Disk, reclaimed: i
         return
     new_files, needed = _still_needed(config, disk, start_step, _present(directory.path))
     there = _existing(directory.path)
-    free = _free_bytes(there)
-    if free is None or needed <= free + reclaimed:
+    free, others = _free_bytes(there), to_come(there) if to_come else 0
+    if free is None or needed <= free + reclaimed - others:
         return
     fixes = ["another --run-root"]
     if config.run.keep_last == 0 and new_files > 1:
@@ -81,9 +84,10 @@ def check_room(config: Config, directory: RunDirectory, disk: Disk, reclaimed: i
                         f"file{'s' * (new_files > 1)})")
     if config.run.save_optim:
         fixes.append("--no-save-optim (the run can then not be resumed exactly)")
+    taken = f", of which data that is still to come takes {format_gib(others)}" if others else ""
     raise OnebError(f"the run's checkpoints take {format_gib(needed)} ({format_gib(disk.last_bytes)} each, best.pt "
                     f"{format_gib(disk.best_bytes)}; with its log), and {there} has {format_gib(free + reclaimed)} "
-                    f"free; make room, or give {', or '.join(fixes)}")
+                    f"free{taken}; make room, or give {', or '.join(fixes)}")
 
 
 def room_for(path: Path, n_bytes: int) -> str | None:

@@ -38,7 +38,9 @@ def train(config: Config) -> int:
     check_start(config, chosen)
     check_sinks(config)
     parts = build(config, print)
-    check_room(parts.config, chosen, least_disk_use(parts.config))  # --optimizer auto has been decided
+    # --optimizer auto has been decided, and how much of the data is still to come is known.
+    arrival = parts.tokens.arrival
+    check_room(parts.config, chosen, least_disk_use(parts.config), to_come=arrival and arrival.bytes_to_write)
     start = restore(parts, chosen)
     chosen = dataclasses.replace(chosen, resume_from=start.checkpoint)  # an older one, where the newest is damaged
     if _is_finished(config, chosen, start):
