@@ -18,6 +18,7 @@ shorter window) before it is timed. Ways:
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,22 +62,28 @@ def masked(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
 def flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    starts = documents.starts
-
-    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (key >= starts[b, query])
-
-    batch, length = starts.shape
+    batch, length = documents.starts.shape
+    starts, seen = flex_mask(batch, length, q.device)
+    starts.copy_(documents.starts)
     block_mask = compiled(create_block_mask)(seen, batch, None, length, length, device=str(q.device))
     return compiled(flex_attention)(q, k, v, block_mask=block_mask, scale=1.0, enable_gqa=q.shape[1] != k.shape[1])
 
 
-_compiled: dict[Any, Any] = {}
+@functools.cache
+def flex_mask(batch: int, length: int, device: torch.device) -> tuple[Tensor, Callable]:
+    """A mask and the documents' starts that it reads, always the same: for another function flex compiles anew."""
+    starts = torch.zeros(batch, length, dtype=torch.int32, device=device)
+
+    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (key >= starts[b, query])
+
+    return starts, seen
 
 
+@functools.cache
 def compiled(function: Callable) -> Callable:
     """``function`` compiled, once."""
-    return _compiled.setdefault(function, torch.compile(function, dynamic=False))
+    return torch.compile(function, dynamic=False)
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, _: Documents) -> Tensor:
@@ -198,6 +205,7 @@ def main() -> int:
     parser.add_argument("--tiles", action="store_true", help="also every candidate tiling")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 64  # of flex: lengths, head counts, with and without gradients
     sidecar = read_sidecar(arguments.data)
     if sidecar is None or sidecar.eot is None:
         raise SystemExit(f"{arguments.data} has no sidecar that names what ends documents")

@@ -180,7 +180,7 @@ def check_rotary(
     if scale.dim() == 1:  # one scale for all heads: no temperature, so nobody asks for its gradient
         again, none = backward(*grads, None, cos, sin, scale, tied, starts=starts)
         assert none is None
-        assert torch.equal(again, dqkv)
+        assert_rounded_once(again, exact_dqkv)  # another kernel: its sums may be contracted otherwise
 
 
 def check_softmax(
