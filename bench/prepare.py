@@ -1,32 +1,35 @@
 #!/usr/bin/env python3
-"""Preparing data: this repository's command beside the straightforward loop over ``tiktoken.encode_ordinary``.
+"""Preparing data: this repository's command, by source, tokenizer and processes, beside a straightforward loop.
 
-    python3 bench/prepare.py --books ../shared/data/books --out bench/results/prepare.json
+    python3 bench/prepare.py --books ../shared/data/books --rounds 3 --out bench/results/prepare_2cores.json
+    python3 bench/prepare.py --books ../shared/data/books --megabytes 0 --source-megabytes 0 --tokens-1b
+    python3 bench/prepare.py --books books --megabytes 2000 --source-megabytes 0 --workers 1 2 4 8 16 --no-loop
 
-All ways read the same parquet files, one after the other in one run: the books as they are, and ``--megabytes`` of text
-made from them (each copy of a book has its words moved about, so that no text repeats). The tokens of all ways must be
-the same, to the last one.
+The loop is the one over ``tiktoken.encode_ordinary`` that one would write first. All ways read the same files in one
+run: the books as they are, and ``--megabytes`` of text made from them (each copy of a book has its words moved about,
+so that no text repeats). They take turns, so that a busy moment meets all; the fastest of ``--rounds`` counts. The
+tokens of all ways must be the same, to the last one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import platform
-import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
+from prepare_inputs import make_shards, make_sources, make_texts, text_bytes, texts_of, train_tokenizer
 from runs import REPOSITORY, save
 
 LOOP = """
@@ -47,53 +50,33 @@ for path in sorted(__import__("pathlib").Path(sys.argv[1]).glob("*.parquet")):
         ids.clear()
 out.flush()
 """
+BILLION = 10**9
+BILLION_MEGABYTES = 4250  # of the books' text hold so many tokens
+SLOW = 10  # a tokenizer.json takes so many times longer: it gets as much less text
+SHARD_TOKENS = 200_000_000
 
 
-def make_texts(books: Path, folder: Path, megabytes: int) -> None:
-    """Parquet files of about 100 MB of text each: books whose sentences are dealt out anew, some words misspelt."""
-    texts = [text for path in sorted(books.glob("*.parquet")) for text in pq.read_table(path)["text"].to_pylist()]
-    chance = random.Random(0)
-    total = number = 0
-    while total < megabytes * 10**6:
-        made, held = [], 0
-        while held < min(100, megabytes) * 10**6:
-            sentences = [sentence for text in chance.sample(texts, 3) for sentence in text.split(". ")]
-            chance.shuffle(sentences)
-            text = ". ".join(sentences[:len(sentences) // 3])
-            words = text.split(" ")
-            for place in chance.sample(range(len(words)), len(words) // 200):
-                words[place] += chance.choice("abcdefghijklmnopqrstuvwxyz")
-            made.append(" ".join(words))
-            held += len(made[-1].encode())
-        pq.write_table(pa.table({"text": made}), folder / f"{number:03d}.parquet", row_group_size=1000,
-                       compression="zstd")
-        total += held
-        number += 1
+@dataclass(frozen=True)
+class Took:
+    """What a command took: seconds, processor seconds of all its processes, MiB of the largest of these."""
+
+    seconds: float
+    processor: float
+    peak: float
 
 
-def text_bytes(folder: Path) -> int:
-    """UTF-8 bytes of all texts."""
-    return sum(len(text.encode()) for path in sorted(folder.glob("*.parquet"))
-               for batch in pq.ParquetFile(path).iter_batches(256, columns=["text"]) for text in batch[0].to_pylist())
-
-
-def measure(command: list[str]) -> tuple[float, float, float]:
-    """Seconds, processor seconds of all its processes, and the largest memory in MiB of any one of them, sampled."""
+def measure(command: list[str]) -> Took:
+    """Run a command to its end. Memory is read from /proc, where there is one."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
-    peak = 0
+    peak = 0.0
 
     def watch() -> None:
         nonlocal peak
         while process.poll() is None:
-            try:
-                parent = psutil.Process(process.pid)
-                members = [parent, *parent.children(recursive=True)]
-                peak = max([peak, *(member.memory_info().rss for member in members)])
-            except psutil.Error:
-                pass
+            peak = max([peak, *map(peak_mib, family(process.pid))])
             time.sleep(0.05)
 
     watcher = threading.Thread(target=watch)
@@ -104,63 +87,188 @@ def measure(command: list[str]) -> tuple[float, float, float]:
     if process.returncode:
         raise SystemExit(f"{command[:3]} failed:\n{error}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak / 2**20
+    return Took(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all below it."""
+    try:
+        below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return [pid]
+    return [pid, *(member for child in below for member in family(int(child)))]
+
+
+def peak_mib(pid: int) -> float:
+    """The most memory that a process had so far."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
 
 
 def tokens_sha256(path: Path) -> str:
     """Of the ids alone: two headers may be of another length."""
-    return hashlib.sha256(np.load(path, mmap_mode="r").tobytes()).hexdigest()
+    digest, ids = hashlib.sha256(), np.load(path, mmap_mode="r")
+    for start in range(0, len(ids), 2**24):
+        digest.update(ids[start:start + 2**24].tobytes())
+    return digest.hexdigest()
 
 
-def compare(name: str, folder: Path, work: Path, workers: list[int], rounds: int) -> list[dict]:
-    """Every way of preparing ``folder``; the fastest of ``rounds``, alternating so that a busy moment hits all."""
-    n_bytes = text_bytes(folder)
-    best: dict[str, tuple[float, float, float]] = {}
-    hashes: dict[str, str] = {}
-    n_tokens = 0
+def prepare(source: Path, output: Path, workers: int, *options: str) -> Took:
+    """This repository's command, onto a name that is free: removing an old file takes time, too."""
+    for old in output.parent.glob(output.name + "*"):
+        old.unlink()
+    return measure([sys.executable, str(REPOSITORY / "prepare_fineweb.py"), "--input", str(source), "--output",
+                    str(output), "--workers", str(workers), *options])
+
+
+def fastest(takes: list[Took]) -> Took:
+    """The fastest run, with the most memory of any."""
+    best = min(takes, key=lambda took: took.seconds)
+    return Took(best.seconds, best.processor, max(took.peak for took in takes))
+
+
+def row(source: str, tokenizer: str, way: str, processes: int, n_bytes: int, n_tokens: int, took: Took) -> dict:
+    """A line of the table, printed. ``n_bytes`` of text, 0 where there is none."""
+    made = {"input": source, "tokenizer": tokenizer, "way": way, "processes": processes, "text_mb": n_bytes / 1e6,
+            "tokens": n_tokens, "seconds": took.seconds, "processor_seconds": took.processor,
+            "mb_s": n_bytes / 1e6 / took.seconds, "tokens_s": n_tokens / took.seconds, "peak_mib": took.peak}
+    print(f"{source:<16} {tokenizer:<15} {way:<5} {processes:>2} {n_bytes / 1e6:8.1f} MB {took.seconds:7.2f} s "
+          f"({took.processor:6.2f} s of processor) {made['mb_s']:7.1f} MB/s {made['tokens_s'] / 1e6:6.2f}M tokens/s "
+          f"{took.peak:6.0f} MiB", flush=True)
+    return made
+
+
+def compare(name: str, folder: Path, work: Path, workers: list[int], rounds: int, *, loop: bool) -> list[dict]:
+    """Every way of preparing a folder of parquet files; the rows also say how many ``times`` the loop's speed."""
+    takes: dict[int, list[Took]] = {}  # by processes; the loop's are under 0
+    hashes: dict[int, str] = {}
+    output, n_tokens = work / "ours.npy", 0
     for _ in range(rounds):
-        ways = {f"oneb, {count} process{'es' * (count > 1)}": count for count in workers}
-        for way, count in ways.items():
-            output = work / "ours.npy"
-            took = measure([sys.executable, str(REPOSITORY / "prepare_fineweb.py"), "--input", str(folder), "--force",
-                            "--output", str(output), "--workers", str(count)])
+        for count in workers:
+            takes.setdefault(count, []).append(prepare(folder, output, count))
             n_tokens = len(np.load(output, mmap_mode="r"))
-            hashes[way] = tokens_sha256(output)
-            best[way] = min(best.get(way, took), took)
-        took = measure([sys.executable, "-c", LOOP, str(folder), str(work / "loop.npy"), str(n_tokens)])
-        hashes["loop"] = tokens_sha256(work / "loop.npy")
-        best["loop"] = min(best.get("loop", took), took)
+            hashes[count] = tokens_sha256(output)
+        if loop:
+            target = work / "loop.npy"
+            target.unlink(missing_ok=True)
+            takes.setdefault(0, []).append(
+                measure([sys.executable, "-c", LOOP, str(folder), str(target), str(n_tokens)]))
+            hashes[0] = tokens_sha256(target)
     if len(set(hashes.values())) != 1:
         raise SystemExit(f"{name}: the tokens differ: {hashes}")
-    rows = [{"input": name, "way": way, "text_mb": n_bytes / 1e6, "tokens": n_tokens, "seconds": seconds,
-             "processor_seconds": processor, "mb_s": n_bytes / 1e6 / seconds, "tokens_s": n_tokens / seconds,
-             "peak_mib": peak, "times": best["loop"][0] / seconds} for way, (seconds, processor, peak) in best.items()]
-    for row in rows:
-        print(f"{name:<16} {row['way']:<18} {row['text_mb']:8.1f} MB {row['seconds']:7.2f} s "
-              f"({row['processor_seconds']:6.2f} s of processor) {row['mb_s']:7.1f} MB/s "
-              f"{row['tokens_s'] / 1e6:6.2f}M tokens/s {row['peak_mib']:6.0f} MiB {row['times']:6.1f}x", flush=True)
+    best = {count: fastest(found) for count, found in takes.items()}
+    n_bytes = text_bytes(folder)
+    rows = [row(name, "gpt2", "oneb" if count else "loop", count or 1, n_bytes, n_tokens, took)
+            for count, took in best.items()]
+    for made in rows:
+        made["of_one_process"] = best[workers[0]].seconds / made["seconds"]
+        if loop:
+            made["times"] = best[0].seconds / made["seconds"]
+    print("".join(f"  {made['processes']}: {made['of_one_process']:.2f} x {workers[0]} process"
+                  + (f", {made['times']:.1f} x the loop" if loop else "") for made in rows if made["way"] == "oneb"),
+          flush=True)
     return rows
+
+
+def by_source(texts: list[str], work: Path, workers: list[int], rounds: int) -> list[dict]:
+    """Each kind of file with GPT-2's tokenizer; parquet with the others, too."""
+    few = texts[:max(1, len(texts) // SLOW)]
+    train_tokenizer(texts[:max(1, len(texts) // 30)], work / "tokenizer.json")
+    folders = make_sources(texts, work)
+    (work / "few").mkdir()
+    fewer = make_sources(few, work / "few")["parquet"]
+    n_bytes, n_few = (sum(len(text.encode()) for text in some) for some in (texts, few))
+    cases = [(kind, "gpt2", folder, n_bytes) for kind, folder in folders.items()]
+    cases += [("parquet", "bytes", folders["parquet"], n_bytes), ("parquet", "tokenizer.json", fewer, n_few)]
+    prepare(folders["parquet"], work / "tokens.npy", workers[-1])
+    shards = work / "bin"
+    shards.mkdir()
+    make_shards(work / "tokens.npy", shards, SHARD_TOKENS, SHARD_TOKENS // 2)
+    cases.append(("ready tokens", "gpt2", shards, 0))
+    takes: dict[tuple[int, int], list[Took]] = {}
+    hashes: dict[int, set[str]] = {}
+    lengths: dict[int, int] = {}
+    for _ in range(rounds):
+        for case, (_, tokenizer, folder, _) in enumerate(cases):
+            for count in workers:
+                named = str(work / tokenizer) if tokenizer.endswith(".json") else tokenizer
+                takes.setdefault((case, count), []).append(
+                    prepare(folder, work / "ours.npy", count, "--tokenizer", named))
+                hashes.setdefault(case, set()).add(tokens_sha256(work / "ours.npy"))
+                lengths[case] = len(np.load(work / "ours.npy", mmap_mode="r"))
+    same = [hashes[case] for case, (kind, tokenizer, *_) in enumerate(cases)
+            if tokenizer == "gpt2" and kind.startswith(("parquet", "jsonl"))]
+    if any(len(found) != 1 for found in hashes.values()) or any(found != same[0] for found in same):
+        raise SystemExit(f"the tokens differ: {hashes}")
+    return [row(kind, tokenizer, "oneb", count, n_bytes, lengths[case], fastest(takes[case, count]))
+            for case, (kind, tokenizer, _, n_bytes) in enumerate(cases) for count in workers]
+
+
+def billion(books: Path, work: Path, workers: list[int]) -> list[dict]:
+    """A file of 1B tokens, and reading it again with --verify."""
+    folder = work / "billion"
+    folder.mkdir()
+    make_texts(books, folder, BILLION_MEGABYTES)
+    n_bytes = text_bytes(folder)
+    rows = []
+    for count in workers:
+        took = prepare(folder, work / "1b.npy", count, "--tokens", "1B")
+        n_tokens = len(np.load(work / "1b.npy", mmap_mode="r"))
+        rows.append(row("1B tokens", "gpt2", "oneb", count, n_bytes, n_tokens, took))
+        assert n_tokens == BILLION
+    took = measure([sys.executable, str(REPOSITORY / "prepare_fineweb.py"), "--verify", str(work / "1b.npy")])
+    return [*rows, row("1B --verify", "gpt2", "oneb", 1, 0, BILLION, took)]
+
+
+def made_texts(arguments: argparse.Namespace, work: Path) -> Path:
+    """The folder of text to compare on: made now, or the one that was kept."""
+    folder = arguments.made or work / "made"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        make_texts(arguments.books, folder, arguments.megabytes)
+    return folder
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", type=Path, required=True, help="folder of parquet files with a column text")
-    parser.add_argument("--megabytes", type=int, default=500, help="of text made from them (default: %(default)s)")
+    parser.add_argument("--megabytes", type=int, default=500,
+                        help="of text made from them, 0 to leave the comparison out (default: %(default)s)")
+    parser.add_argument("--made", type=Path, help="folder to keep that text in; made before, it is used as it is")
+    parser.add_argument("--source-megabytes", type=int, default=150,
+                        help="of text for the rows by source and tokenizer, 0 to leave them out (default: %(default)s)")
+    parser.add_argument("--tokens-1b", action="store_true", help="also make a file of 1B tokens (needs 6 GB of disk)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--no-loop", action="store_true", help="leave the loop out: 12 MB/s")
+    parser.add_argument("--folder", type=Path, help="for what is made and written (default: the system's)")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     arguments = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        made = work / "made"
-        made.mkdir()
-        rows = compare("books", arguments.books, work, arguments.workers, arguments.rounds)
+    load = os.getloadavg()[0]
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {load:.1f}")
+    rows = []
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        work, workers, rounds = Path(name), arguments.workers, arguments.rounds
+        loop = not arguments.no_loop
         if arguments.megabytes:
-            make_texts(arguments.books, made, arguments.megabytes)
-            rows += compare(f"{arguments.megabytes} MB of them", made, work, arguments.workers, arguments.rounds)
+            rows += compare("books", arguments.books, work, workers, rounds, loop=loop)
+            made = made_texts(arguments, work)
+            rows += compare(f"{arguments.megabytes} MB of them", made, work, workers, rounds, loop=loop)
+        if arguments.source_megabytes:
+            sources = work / "sources"
+            sources.mkdir()
+            if not arguments.megabytes:
+                arguments.megabytes = arguments.source_megabytes
+            texts = list(texts_of(made_texts(arguments, work), arguments.source_megabytes * 10**6))
+            rows += by_source(texts, sources, workers, rounds)
+            shutil.rmtree(sources)
+        if arguments.tokens_1b:
+            rows += billion(arguments.books, work, workers)
     if arguments.out:
-        save(arguments.out, rows, cores=os.cpu_count(), load=os.getloadavg()[0], python=platform.python_version())
+        save(arguments.out, rows, cores=os.cpu_count(), load=load, python=platform.python_version())
     return 0
 
 
