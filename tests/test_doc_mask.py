@@ -1,6 +1,7 @@
 """``--doc-mask``: documents packed into one window are to the model what each of them is alone."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -173,6 +174,17 @@ def test_a_run_within_documents(tmp_path):
     assert_same_weights(weights(resumed), weights(directory))
     with pytest.raises(OnebError, match="--doc-mask: .* -> "):
         run(again, **given, steps=8, resume=True, ckpt=saved)
+
+
+@pytest.mark.slow
+def test_prepared_books_are_trained_on_as_they_are(tmp_path, books_npy):
+    _, rows = run(tmp_path, path=str(books_npy), vocab_size=50257, d_model=32, n_layers=1, d_ff=64, sem_dim=8,
+                  geo_dim=16, attn_dim=16, n_heads=2, doc_mask=True, steps=20, eval_every=0, lr=1e-2)
+    meta = next(row for row in rows if row["type"] == "meta")
+    assert (meta["encoding"], meta["train_tokens"] + meta["val_tokens"]) == ("gpt2", len(np.load(books_npy)))
+    found = losses(rows)
+    assert found[1] == pytest.approx(math.log(50257), abs=0.1)
+    assert found[20] < found[1] - 0.5
 
 
 @pytest.mark.gpu
