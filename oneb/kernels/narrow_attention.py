@@ -57,7 +57,7 @@ __all__ = [
 # Candidates by the padded width of heads, the best guess first: each costs a compilation in a cold start.
 FORWARD_TILES = {
     32: (Tiles(64, 64, 2, 3), Tiles(64, 32, 2, 3), Tiles(128, 32, 4, 2)),
-    64: (Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3)),
+    64: (Tiles(64, 32, 4, 3), Tiles(128, 64, 4, 3)),
     128: (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)),
 }
 # Row sums between which exponentials taken without a maximum are exact enough: single terms below 2**-126 vanish,

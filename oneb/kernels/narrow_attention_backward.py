@@ -45,7 +45,7 @@ from oneb.kernels.runtime import jit, tl
 # Candidates by the padded width of heads, the best guess first: each costs a compilation in a cold start.
 DKDV_TILES = {
     32: (Tiles(32, 128, 2, 3), Tiles(64, 64, 2, 3), Tiles(32, 64, 2, 3)),
-    64: (Tiles(64, 64, 4, 2), Tiles(32, 128, 4, 2), Tiles(64, 128, 8, 2)),
+    64: (Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3), Tiles(64, 128, 8, 2)),
     128: (Tiles(64, 64, 8, 2), Tiles(32, 64, 4, 2)),
 }
 DQ_TILES = {
