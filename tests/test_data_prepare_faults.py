@@ -270,3 +270,21 @@ def test_a_token_that_does_not_fit_is_an_error(gpt2_cache, tmp_path):
     with pytest.raises(OnebError, match="a.bin: the token id 50257 is outside the vocabulary of 50257 of gpt2"):
         prepare(local_inputs([str(tmp_path / "a.bin")]), load_tokenizer("gpt2"), tmp_path / "x.npy", source="test")
     assert not (tmp_path / "x.npy").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_cannot_be_read_is_no_mistake_if_it_is_not_needed(gpt2_cache, tmp_path, monkeypatch, workers):
+    """Processes read on while the tokens before are placed; the same for any number of them."""
+    monkeypatch.setattr("oneb.data.units.UNIT_BYTES", 1000)
+    write_shard(tmp_path / "a.bin", [50256, *range(6000)])
+    write_shard(tmp_path / "b.bin", [65535] * 5000)
+
+    def ids(n_tokens: int) -> list[int]:
+        prepare(local_inputs([str(tmp_path / "*.bin")]), load_tokenizer("gpt2"), tmp_path / "x.npy", source="test",
+                n_tokens=n_tokens, n_workers=workers, force=True)
+        return np.load(tmp_path / "x.npy").tolist()
+
+    assert ids(6000) == list(range(6000))
+    with pytest.raises(OnebError, match="b.bin: the token id 65535 is outside the vocabulary"):
+        ids(6001)
+    assert json.loads((tmp_path / "x.npy.parts" / "state.json").read_text())["tokens"] == 6000

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import psutil
@@ -21,7 +22,7 @@ import pytest
 from oneb.data.growing import GrowingHash
 from oneb.data.parts import ENDS, HEADER_BYTES, TOKENS, Counts, Job, Place
 from oneb.data.units import Unit
-from oneb.data.workers import Pool, Worker
+from oneb.data.workers import Hash, Pool, Worker, _Waiting
 from oneb.errors import OnebError
 
 ROOT = Path(__file__).parents[1]
@@ -168,6 +169,22 @@ def test_a_worker_with_much_to_write_begins_nothing_that_comes_later(tmp_path, m
     assert worker.may(Place(third, 0, 0, 1))
     worker.do(Place(third, 0, 0, kept.tokens))
     assert worker.may(fourth)
+
+
+def test_what_needs_no_memory_is_not_held_up(tmp_path, monkeypatch):
+    """At the end, units wait that are not needed any more, and never get a place."""
+    monkeypatch.setattr("oneb.data.workers._KEPT_BYTES", 0)
+    first, second, third = some_units(tmp_path, 3)
+    worker, received = Worker(), SimpleQueue()
+    worker.begin(bytes_job(tmp_path))
+    worker.do(second)
+    waiting, hashed = _Waiting(received, worker), Hash(0, first.path)
+    for task in (third, hashed, first):
+        received.put(task)
+    assert [waiting.take(), waiting.take()] == [hashed, first]
+    received.put(Place(second, 0, 0, 1))
+    worker.do(waiting.take())
+    assert waiting.take() == third
 
 
 @pytest.fixture

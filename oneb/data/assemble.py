@@ -18,6 +18,7 @@ from oneb.data.parts import Counts, Job, Place, Placed
 from oneb.data.sources import InputFile
 from oneb.data.units import Unit, plan_units
 from oneb.data.workers import Answer, Hash, InProcess, Pool, Task
+from oneb.errors import OnebError
 
 _COMMIT_SECONDS = 1.0  # between commits: what a kill may cost, about
 _WAIT_SECONDS = 0.5
@@ -88,7 +89,7 @@ class _OnTheWay:
     """A unit that workers were given, and what is known of it."""
 
     unit: Unit
-    counts: Counts | None = None
+    counts: Counts | OnebError | None = None
     place: Place | None = None
     placed: Placed | None = None
 
@@ -256,7 +257,7 @@ class Work:
         for entry in self.order:
             if entry.unit == unit and isinstance(answer, Placed):
                 entry.placed = answer
-            elif entry.unit == unit and isinstance(answer, Counts):
+            elif entry.unit == unit and isinstance(answer, Counts | OnebError):
                 entry.counts = answer
 
     def _place(self) -> None:
@@ -264,7 +265,7 @@ class Work:
         for entry in self.order:
             counts = entry.counts
             room = None if self.n_tokens is None else self.n_tokens - self.next_token
-            if counts is None or room == 0:
+            if not isinstance(counts, Counts) or room == 0:
                 break
             if entry.place is None:
                 room = counts.tokens if room is None else min(room, counts.tokens)
@@ -277,7 +278,7 @@ class Work:
         while self.order and self.order[0].placed is not None:
             entry = self.order.popleft()
             unit, counts, placed = entry.unit, entry.counts, entry.placed
-            assert counts is not None
+            assert isinstance(counts, Counts)
             assert placed is not None
             self.journal.append(counts, placed, unit.file, unit.index, last=unit.last)
             self.appended += 1
@@ -286,6 +287,8 @@ class Work:
             if unit.path.parent == self.job.folder:
                 self.commits.use(unit.path, unit.path.with_suffix(".damage"))
             self.commits.offer()
+        if self.order and isinstance(self.order[0].counts, OnebError) and not self._is_full():
+            raise self.order[0].counts
 
     def _hash(self) -> None:
         """The SHA-256 of each file that gave something."""

@@ -37,9 +37,10 @@ class Hash:
     path: Path
 
 
-# A unit is encoded and kept (the answer: its counts), then written to its place (the answer: what was written).
+# A unit is encoded and kept (the answer: its counts), then written to its place (the answer: what was written). One that
+# cannot be read is answered by the error: that counts only once its turn has come, for perhaps it is not needed.
 Task = Unit | Place | Hash
-Answer = Counts | Placed | str
+Answer = Counts | Placed | str | OnebError
 Result = tuple[Task, Answer]
 
 
@@ -221,12 +222,12 @@ class Pool:
             except (EOFError, OSError):
                 self._replace(hand)
                 continue
-            if kind == "mistake":
-                raise OnebError(answer)
             if kind == "bug":
                 raise RuntimeError(f"a worker process failed:\n{answer}")
+            if kind == "mistake" and not isinstance(task, Unit):
+                raise OnebError(answer)
             if self._is_news(hand, task):
-                found.append((task, answer))
+                found.append((task, OnebError(answer) if kind == "mistake" else answer))
         return found
 
     def _is_news(self, hand: _Hand, task: Task) -> bool:
@@ -349,8 +350,10 @@ class _Waiting:
                     self._sort(self._received.get_nowait())
             if self._places:
                 return self._places.popleft()
-            if self._others and self._worker.may(self._others[0]):
-                return self._others.popleft()
+            task = next(filter(self._worker.may, self._others), None)
+            if task is not None:
+                self._others.remove(task)
+                return task
             self._sort(self._received.get())
 
     def _sort(self, task: Task | Job) -> None:
