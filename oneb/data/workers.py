@@ -37,8 +37,8 @@ class Hash:
     path: Path
 
 
-# A unit is encoded and kept (the answer: its counts), then written to its place (the answer: what was written). One that
-# cannot be read is answered by the error: that counts only once its turn has come, for perhaps it is not needed.
+# A unit is encoded and kept (the answer: its counts), then written to its place (the answer: what was written). One
+# that cannot be read is answered by the error: that counts only once its turn has come, for perhaps it is not needed.
 Task = Unit | Place | Hash
 Answer = Counts | Placed | str | OnebError
 Result = tuple[Task, Answer]
