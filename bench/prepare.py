@@ -215,7 +215,7 @@ def billion(books: Path, work: Path, workers: list[int]) -> list[dict]:
     n_bytes = text_bytes(folder)
     rows = []
     for count in workers:
-        took = prepare(folder, work / "1b.npy", count, "--tokens", "1B")
+        took = prepare(folder, work / "1b.npy", count, "--tokens", str(BILLION))
         n_tokens = len(np.load(work / "1b.npy", mmap_mode="r"))
         rows.append(row("1B tokens", "gpt2", "oneb", count, n_bytes, n_tokens, took))
         assert n_tokens == BILLION
