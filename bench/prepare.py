@@ -52,7 +52,7 @@ out.flush()
 """
 BILLION = 10**9
 BILLION_MEGABYTES = 4250  # of the books' text hold so many tokens
-SLOW = 10  # a tokenizer.json takes so many times longer: it gets as much less text
+SLOW = 8  # a tokenizer.json takes so many times longer: it gets as much less text
 SHARD_TOKENS = 200_000_000
 
 

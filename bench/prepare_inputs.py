@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-BOOK_ROWS = 1000  # documents a row group
+_MADE_ROWS, _SOURCE_ROWS = 1000, 250  # documents a row group, of some 19 kB each
 _TXT_BYTES = 25 * 10**6
 
 
@@ -49,14 +49,14 @@ def make_texts(books: Path, folder: Path, megabytes: int) -> None:
                 words[place] += chance.choice("abcdefghijklmnopqrstuvwxyz")
             made.append(" ".join(words))
             held += len(made[-1].encode())
-        write_parquet(folder / f"{number:03d}.parquet", made)
+        write_parquet(folder / f"{number:03d}.parquet", made, _MADE_ROWS)
         total += held
         number += 1
 
 
-def write_parquet(path: Path, texts: list[str]) -> None:
-    """One column, as FineWeb's files have it."""
-    pq.write_table(pa.table({"text": texts}), path, row_group_size=BOOK_ROWS, compression="zstd")
+def write_parquet(path: Path, texts: list[str], rows: int) -> None:
+    """One column, in row groups of so many documents."""
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=rows, compression="zstd")
 
 
 def make_sources(texts: list[str], folder: Path) -> dict[str, Path]:
@@ -64,7 +64,7 @@ def make_sources(texts: list[str], folder: Path) -> dict[str, Path]:
     kinds = {kind: folder / kind for kind in ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt")}
     for path in kinds.values():
         path.mkdir()
-    write_parquet(kinds["parquet"] / "a.parquet", texts)
+    write_parquet(kinds["parquet"] / "a.parquet", texts, _SOURCE_ROWS)
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
     (kinds["jsonl"] / "a.jsonl").write_bytes(lines)
     with gzip.open(kinds["jsonl.gz"] / "a.jsonl.gz", "wb", compresslevel=6) as file:
