@@ -31,12 +31,13 @@ from runs import save
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from oneb.config import NARROW_HEAD_DIM
 from oneb.data.sidecar import read_sidecar
 from oneb.kernels import narrow_attention as forward
 from oneb.kernels.documents import Documents, documents_of, visible
 from oneb.kernels.narrow_attention import narrow_attention
 
-# name: (query heads, key heads, width); 16 x 2048 tokens in bf16 unless said otherwise.
+# name: (query heads, key heads, width).
 SHAPES = {"baseline": (32, 32, 64), "gqa": (32, 8, 64), "decoupled": (32, 32, 12)}
 TOKENS = 32768
 
@@ -87,7 +88,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, _: Documents) -> Tensor:
-    if q.shape[-1] <= 32:
+    if q.shape[-1] <= NARROW_HEAD_DIM:
         return narrow_attention(q, k, v)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=q.shape[1] != k.shape[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from oneb.config import EVAL_ITER_TOKENS, Config, OptimConfig
+from oneb.memory import documents_by_bias
 from oneb.planner import Plan, longest_seq_len
 from oneb.units import format_count
 
@@ -38,7 +39,7 @@ def advice(plan: Plan, config: Config, data_tokens: int | None = None) -> list[s
     notes = [*_amount(plan), *_batch(plan)] if plan.parameters >= _SMALL_PARAMETERS else []
     if plan.parameters >= _SMALL_PARAMETERS:
         notes += _rate(config.optim, plan)
-    notes += _data(plan, data_tokens) + _lengths(config) + _shares(config, plan)
+    notes += _data(plan, data_tokens) + _documents(config) + _lengths(config) + _shares(config, plan)
     return notes
 
 
@@ -92,6 +93,15 @@ def _data(plan: Plan, data_tokens: int | None) -> list[str]:
         f", and beyond about {USEFUL_EPOCHS} times repeated tokens teach little (Muennighoff et al. 2023)")
     return [f"the data has {format_count(data_tokens)} tokens, and the run reads {format_count(plan.tokens)}: each "
             f"about {epochs:.1f} times{beyond}"]
+
+
+def _documents(config: Config) -> list[str]:
+    if not config.data.doc_mask:
+        return []
+    if documents_by_bias(config):
+        return ["--doc-mask: speeds are without it, and here it is slow: attention gets a bias of all scores. Our "
+                "kernel, which passes over what is hidden, takes bf16 and heads up to 128 wide"]
+    return ["--doc-mask: speeds are of attention over whole sequences; within documents long ones are faster"]
 
 
 def _lengths(config: Config) -> list[str]:

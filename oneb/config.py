@@ -24,10 +24,10 @@ GPT2_VOCAB_SIZE = 50257
 PRECISIONS = ("bf16", "fp8", "fp16", "fp32")
 # cuBLASLt's fp8 products take widths, and the backward pass tokens, in multiples of this.
 FP8_MULTIPLE = 16
-# The widest heads for which our own attention kernel (oneb.kernels.narrow_attention) is the fastest; wider ones are
-# cuDNN's and others', unless attention stays within documents: up to the second width it is ours then.
+# The widest heads that our own attention kernel (oneb.kernels.narrow_attention) takes from cuDNN's and others'.
 NARROW_HEAD_DIM = 32
-TILED_HEAD_DIM = 128
+# The widest that it takes where attention stays within documents.
+DOCUMENT_HEAD_DIM = 128
 OPTIMIZERS = ("lion", "adamw", "lion8bit", "adamw8bit")
 # One unit of --eval-iters. Fixed in tokens, so that runs with other batches see the same text.
 EVAL_ITER_TOKENS = 16384

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from oneb.accounting import BYTES, HEAD_CHUNK_TOKENS, matmul_parameters, parameter_counts, qkv_widths
-from oneb.config import NARROW_HEAD_DIM, Config, ModelConfig, compute_dtype
+from oneb.config import DOCUMENT_HEAD_DIM, NARROW_HEAD_DIM, Config, ModelConfig, compute_dtype
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "loss head", "workspace", "allocator", "context")
 
@@ -61,6 +61,9 @@ def step_memory(
         optimizer: "lion", "adamw", "lion8bit" or "adamw8bit"; the configuration's is not looked at.
     """
     walk = _Walk(config, batch_size * seq_len, recomputed_layers, optimizer)
+    if documents_by_bias(config):  # of each score: one for all layers, or with a null key each layer's own, aligned
+        layers = config.model.n_layers if config.model.null_attn else 1
+        walk.bias = batch_size * seq_len**2 * walk.sizes.value * layers
     walk.micro_batch(first=True)
     if config.train.sequences(seq_len) > batch_size:
         walk.micro_batch(first=False)
@@ -72,6 +75,12 @@ def step_memory(
         other.micro_batch(first=True)
         walk.worst = max(walk.worst, other.worst, key=lambda parts: sum(parts.values()))
     return {part: walk.worst.get(part, 0) for part in PARTS}
+
+
+def documents_by_bias(config: Config) -> bool:
+    """Whether ``--doc-mask`` goes by a bias for scores: in fp32, on cards without bf16, and for heads too wide."""
+    widest = max(config.model.qk_head_dim, config.model.v_head_dim)
+    return config.data.doc_mask and (compute_dtype(config.train) != "bf16" or widest > DOCUMENT_HEAD_DIM)
 
 
 def activation_bytes_per_token(
@@ -182,6 +191,7 @@ class _Walk:
         self.config, self.model, self.tokens = config, config.model, tokens
         self.recomputed = recomputed_layers
         self.calibrating = calibrating
+        self.bias = 0  # bytes of what keeps attention within documents
         fp8 = config.train.precision == "fp8"
         self.eight_bit = fp8 and not calibrating
         self.sizes = _Sizes.of(config, tokens, self.eight_bit)
@@ -228,7 +238,7 @@ class _Walk:
         """Forward and backward; ``first``: of the step, so that there are no gradients yet."""
         sizes, n_layers = self.sizes, self.model.n_layers
         casts = n_layers * sizes.casts if sizes.cast_with_graph else 0
-        self._take("activations", casts)
+        self._take("activations", casts + self.bias)
         # Every block's input, and the last one's output, which is the final norm's input.
         self._take("activations", (n_layers + 1) * sizes.stream)
         kept = sizes.kept + (0 if sizes.cast_with_graph else sizes.casts)
@@ -242,7 +252,7 @@ class _Walk:
                 self._pass("activations", sizes.casts + sizes.stream)  # the output once more, which nobody reads
             self._block_backward(kept, first)
         self._embedding_backward(head_gradient, first)
-        self._give("activations", casts)
+        self._give("activations", casts + self.bias)
 
     def _head(self) -> int:
         """The loss head's forward pass; what it keeps."""

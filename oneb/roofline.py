@@ -275,7 +275,7 @@ def _attention_seconds(model: ModelConfig, seq_len: int, found: list[Gemm], ceil
 
 
 def _is_narrow(model: ModelConfig) -> bool:
-    """Whether attention is our kernel, for narrow heads."""
+    """Whether attention is our kernel, for narrow heads; within documents it is so for wider ones, too, uncounted."""
     return max(model.qk_head_dim, model.v_head_dim) <= NARROW_HEAD_DIM
 
 

@@ -30,6 +30,20 @@ def test_a_cuda_card_gets_its_fastest_kernel(monkeypatch, capability, dtype, hea
     assert expected in SDP_BACKENDS
 
 
+@pytest.mark.parametrize(("capability", "dtype", "head_dim", "triton", "expected"), [
+    ((9, 0), torch.bfloat16, 64, True, "narrow"), ((8, 0), torch.float16, 128, True, "narrow"),
+    ((9, 0), torch.bfloat16, 136, True, "efficient"), ((9, 0), torch.bfloat16, 64, False, "efficient"),
+    ((7, 5), torch.float16, 64, True, "efficient"), ((9, 0), torch.float32, 12, True, "efficient"),
+])
+def test_within_documents_it_is_our_kernel_or_one_that_takes_a_bias(
+    monkeypatch, capability, dtype, head_dim, triton, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "triton_available", lambda: triton)
+    for deterministic in (False, True):
+        assert choose_backend(torch.device("cuda"), dtype, head_dim, deterministic, doc_mask=True) == expected
+
+
 def test_without_triton_narrow_heads_take_the_kernel_of_wide_ones(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(attention, "triton_available", lambda: False)

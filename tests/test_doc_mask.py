@@ -10,7 +10,7 @@ from data_helpers import write_npy
 from hypothesis import given
 from hypothesis import strategies as st
 from model_cases import CASES, OPTIONS, model_config, relative_error
-from test_trainer import assert_same_weights, losses, run, val_losses, weights
+from test_trainer import NANO, assert_same_weights, losses, run, val_losses, weights
 
 from oneb.data.journal import index_path
 from oneb.errors import OnebError
@@ -18,6 +18,9 @@ from oneb.inspect.analysis import attention_statistics
 from oneb.kernels.attention import choose_backend
 from oneb.kernels.documents import documents_of, visible
 from oneb.model.transformer import build_model
+from oneb.presets import resolve
+from oneb.train.resume import reload
+from oneb.train.setup import build
 
 OPENING = 7
 LENGTHS = ((5, 1, 20, 7, 15), (48,), (1, 30, 17))
@@ -119,8 +122,15 @@ def test_attention_is_analysed_within_documents():
     alone = [attention_statistics(model, document[None]) for document in documents]
     model.document_opening = OPENING
     found = attention_statistics(model, window)
-    for name in ("attention_entropy", "null_mass"):
+    for name in ("attention_entropy", "attention_entropy_fraction", "null_mass"):
         torch.testing.assert_close(found[name], (alone[0][name] + alone[1][name]) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_documents_of_one_token_have_no_spread():
+    model = lively(model_config("decoupled"), backend="cpu")
+    model.document_opening = OPENING
+    found = attention_statistics(model, torch.full((2, 8), OPENING))
+    assert (found["attention_entropy_fraction"] == 0).all()
 
 
 @pytest.mark.gpu
@@ -215,3 +225,20 @@ def test_runs_on_a_gpu(tmp_path, given):
 def test_data_must_say_what_ends_documents(tmp_path):
     with pytest.raises(OnebError, match=r"--doc-mask needs the id that ends documents.*`eot: ID`"):
         run(tmp_path, **short_documents(tmp_path), doc_mask=True)
+
+
+@pytest.mark.parametrize(("meta", "expected"), [
+    ({"eot": 0}, 0), ({"eot": 299}, 299), ({"encoding": "bytes"}, 256), ({"encoding": "gpt2"}, 50256),
+])
+def test_the_opening_id(tmp_path, meta, expected):
+    config = resolve({**NANO, **short_documents(tmp_path, **meta), "doc_mask": True})
+    assert build(config, print).model.document_opening == expected
+
+
+def test_losses_with_and_without_it_are_not_compared(tmp_path):
+    given = short_documents(tmp_path, eot=299)
+    directory, _ = run(tmp_path, **given, steps=4, eval_every=2, save_every=4)
+    for doc_mask in (False, True):
+        parts = build(resolve({**NANO, **given, "steps": 8, "doc_mask": doc_mask}), print)
+        start = reload(parts, directory / "step00000004.pt")
+        assert math.isinf(start.best_val_loss) == doc_mask

@@ -153,6 +153,7 @@ def _layer_statistics(
     seen = seen.expand(len(q), -1, -1)
     # Entropy of even attention, by sequence and query (B, T).
     most = (seen.sum(-1) + (null_k is not None)).log()
+    several = most > 0
     entropy, fraction, null_mass = (torch.zeros(n_heads, device=q.device) for _ in range(3))
     for first in range(0, n_heads, _HEADS_AT_ONCE):
         heads = slice(first, first + _HEADS_AT_ONCE)
@@ -161,7 +162,7 @@ def _layer_statistics(
             weights = _weights(q[one, heads], k[one, heads], null, seen[one])
             by_query = torch.special.entr(weights).sum(-1)  # (heads, T)
             entropy[heads] += by_query.mean(-1) / len(q)
-            fraction[heads] += (by_query / most[one])[:, most[one] > 0].mean(-1) / len(q)
+            fraction[heads] += (by_query / most[one])[:, several[one]].sum(-1) / several.sum().clamp(min=1)
             null_mass[heads] += weights[..., 0].mean(-1) / len(q)
     statistics = {"attention_entropy": entropy, "attention_entropy_fraction": fraction}
     return statistics if null_k is None else statistics | {"null_mass": null_mass.mean()}

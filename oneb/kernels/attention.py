@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from oneb.config import NARROW_HEAD_DIM, TILED_HEAD_DIM
-from oneb.kernels.documents import Documents, visible
+from oneb.config import DOCUMENT_HEAD_DIM, NARROW_HEAD_DIM
+from oneb.kernels.documents import Documents
 from oneb.kernels.narrow_attention import narrow_attention
 from oneb.kernels.null_attention import null_attention
 from oneb.kernels.runtime import triton_available
@@ -44,8 +44,8 @@ def choose_backend(
         head_dim: the wider of query and value heads. cuDNN trains heads up to 128 wide, FlashAttention up to 256.
         deterministic: leave cuDNN out. Its backward adds up in whatever order blocks finish, and torch cannot ask it
             for another; the others obey ``torch.use_deterministic_algorithms``.
-        doc_mask: attention stays within documents. Our own kernel does that for wider heads, too, and passes over what
-            is hidden; where it does not run, the memory-efficient kernel is given a mask.
+        doc_mask: attention stays within documents. Our own kernel ("narrow") does that for heads up to 128 wide, and
+            passes over what is hidden; where it does not run, the memory-efficient kernel is given a bias.
     """
     if device.type == "cpu":
         return "cpu"
@@ -54,7 +54,7 @@ def choose_backend(
     major, _ = torch.cuda.get_device_capability(device)
     if dtype == torch.float32 or major < 8 or head_dim > 256:
         return "efficient"
-    if head_dim <= (TILED_HEAD_DIM if doc_mask else NARROW_HEAD_DIM) and triton_available():
+    if head_dim <= (DOCUMENT_HEAD_DIM if doc_mask else NARROW_HEAD_DIM) and triton_available():
         return "narrow"
     if doc_mask:
         return "efficient"
@@ -82,9 +82,9 @@ def causal_attention(
     """Causal softmax attention, (B, H, T, Dv); with a null key/value (Hkv, D·) if one is given.
 
     Args:
-        backend: from :func:`choose_backend`. Without a null key torch's own dispatcher picks the kernel;
-            the trainer restricts it to the same backend.
-        documents: within which attention stays, (B, T).
+        backend: from :func:`choose_backend`. Without a null key, or with documents, torch's own dispatcher picks the
+            kernel, if it is not ours; the trainer restricts it to the same backend.
+        documents: within which attention stays, (B, T); with their ``bias``, but for our own kernel.
     """
     if backend == "narrow":
         return narrow_attention(q, k, v, null_k, null_v, documents)
@@ -97,7 +97,8 @@ def causal_attention(
         if null_k is not None:
             null_k, null_v = null_k.repeat_interleave(repeats, dim=0), null_v.repeat_interleave(repeats, dim=0)
     if documents is not None:
-        out = _masked_attention(q, k, v, null_k, null_v, documents)
+        assert documents.bias is not None
+        out = _biased_attention(q, k, v, null_k, null_v, documents.bias)
     elif null_k is not None:
         out = null_attention(q, k, v, null_k, null_v, backend)
     else:
@@ -105,16 +106,14 @@ def causal_attention(
     return out[..., :width]
 
 
-def _masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, null_k: Tensor | None, null_v: Tensor | None, documents: Documents
+def _biased_attention(
+    q: Tensor, k: Tensor, v: Tensor, null_k: Tensor | None, null_v: Tensor | None, bias: Tensor
 ) -> Tensor:
-    """By SDPA with a mask (B, 1, T, T), the null key before the others; O(T**2) memory, on any device."""
-    seen = visible(documents).unsqueeze(1)
+    """By SDPA with a bias (B, 1, T, T) for scores, (B, 1, T, 1 + T) with a null key, which stands before the others."""
     if null_k is not None:
-        seen = F.pad(seen, (1, 0), value=True)
         k, v = (torch.cat([null.to(x.dtype).expand(len(x), -1, -1).unsqueeze(2), x], dim=2)
                 for null, x in ((null_k, k), (null_v, v)))
-    return F.scaled_dot_product_attention(q, k, v, seen, scale=1.0, enable_gqa=k.shape[1] != q.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0, enable_gqa=k.shape[1] != q.shape[1])
 
 
 def _pad_heads(x: Tensor | None, width: int) -> Tensor | None:

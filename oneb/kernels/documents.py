@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -21,15 +22,24 @@ class Documents(NamedTuple):
     Attributes:
         starts: (B, T) int32, the position at which it begins, 0 where it began before the window.
         ends: (B, T) int32, the position behind its last one, T where it goes on behind the window.
+        bias: for kernels that know no documents, what is added to scores: (B, 1, T, T), or with a null key before the
+            others (B, 1, T, 1 + T), 0 or -inf.
     """
 
     starts: Tensor
     ends: Tensor
+    bias: Tensor | None = None
 
     @property
     def positions(self) -> Tensor:
         """(B, T) int32: each token's distance from its document's start."""
         return torch.arange(self.starts.shape[1], device=self.starts.device, dtype=torch.int32) - self.starts
+
+    def with_bias(self, dtype: torch.dtype, null: bool) -> Documents:
+        """With a ``bias``, made once for all layers; ``null``: there is a null key, which everybody sees."""
+        seen = visible(self)
+        bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+        return self._replace(bias=F.pad(bias, (int(null), 0)).unsqueeze(1))
 
 
 def documents_of(tokens: Tensor, opening: int) -> Documents:

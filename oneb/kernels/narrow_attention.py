@@ -1,4 +1,4 @@
-"""Causal attention for heads too narrow for the fused kernels of others, and for all heads that stay within documents.
+"""Causal attention for heads too narrow for the fused kernels of others, and for wider ones within documents.
 
 Shapes: q (B, H, T, Dqk), k (B, Hkv, T, Dqk), v (B, Hkv, T, Dv), bf16 or fp16, the last dimension contiguous, any other
 strides; null_k (Hkv, Dqk), null_v (Hkv, Dv), fp32; H a multiple of Hkv; 1 <= Dqk, Dv <= 128, padded to a power of two
@@ -8,7 +8,7 @@ With documents (:mod:`oneb.kernels.documents`) a query sees no key before its do
 sees a key are never visited, so that attention costs what the documents' lengths cost; tiles that one document
 fills need no mask.
 
-At these widths tensor cores idle, and the exponential is the bound (16 a clock on an SM of a Hopper GPU). So the
+Up to 32 entries tensor cores idle, and the exponential is the bound (16 a clock on an SM of a Hopper GPU). So the
 forward spends next to nothing else on a score: no mask below the diagonal; row sums by tensor cores, as a product
 with ones; and no running maximum. The softmax needs a maximum only to stay in range, and bf16 has the range of fp32:
 a tile of queries first takes exponentials as they are, then looks at its row sums. If one of them left the safe
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from oneb.config import TILED_HEAD_DIM
+from oneb.config import DOCUMENT_HEAD_DIM
 from oneb.kernels.documents import Documents, visible
 from oneb.kernels.narrow_attention_backward import narrow_attention_backward
 from oneb.kernels.narrow_attention_common import (
@@ -222,10 +222,14 @@ def narrow_attention_forward(
     """
     batch, heads, n_tokens, qk_width = q.shape
     v_width = v.shape[-1]
-    assert max(qk_width, v_width) <= TILED_HEAD_DIM, f"heads {qk_width} and {v_width} wide"
+    assert max(qk_width, v_width) <= DOCUMENT_HEAD_DIM, f"heads {qk_width} and {v_width} wide"
     assert heads % k.shape[1] == 0, f"{heads} query heads on {k.shape[1]} key heads"
     assert q.dtype in (torch.bfloat16, torch.float16), f"the kernel works on 16-bit inputs, not {q.dtype}"
     assert q.dtype == k.dtype == v.dtype, f"mixed dtypes: {q.dtype}, {k.dtype}, {v.dtype}"
+    for bounds in documents[:2] if documents else ():
+        assert bounds.shape == (batch, n_tokens), f"documents of {tuple(bounds.shape)}"
+        assert bounds.is_contiguous()
+        assert bounds.dtype == torch.int32
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
     align = alignment(q, k, v)
     out = torch.empty(batch, n_tokens, heads, v_width, dtype=q.dtype, device=q.device)

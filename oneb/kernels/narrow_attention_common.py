@@ -142,7 +142,7 @@ def seen_keys(starts, first_row, first_key, QUERIES: tl.constexpr, KEYS: tl.cons
 def place(program, n_tiles, n_batch_heads, heads_together):
     """(tile, batch * heads + head) of a program: tile after tile of as many heads as L2 holds, then the next heads.
 
-    Tile 0 comes first: let it be the longest.
+    Tile 0 comes first: let it be the longest (which within documents nobody can know).
     """
     first = program // (heads_together * n_tiles) * heads_together
     size = tl.minimum(heads_together, n_batch_heads - first)
@@ -209,7 +209,8 @@ def launch(
     Args:
         tiles: how to cut it; None tries all of ``table`` once for a GPU, a bucket of lengths and the widths, and keeps
             the fastest, on disk too. The first is taken without trying if it is alone, for short sequences, and where
-            results must repeat: a choice by the clock may differ from process to process.
+            results must repeat: a choice by the clock may differ from process to process. Within documents the first
+            batch's lengths decide.
         restored: pointer arguments that the kernel adds to, which trials must leave as they were.
     """
     least, most = _TUNED_TOKENS

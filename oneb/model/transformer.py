@@ -85,7 +85,10 @@ class Transformer(nn.Module):
         positions = self.rotary.slice(start, start + tokens.shape[1])
         if self.document_opening is None or cache is not None:
             return positions
-        return positions._replace(documents=documents_of(tokens, self.document_opening))
+        documents = documents_of(tokens, self.document_opening)
+        if self.blocks[0].attention.backend != "narrow":
+            documents = documents.with_bias(self.compute_dtype, self.config.null_attn)
+        return positions._replace(documents=documents)
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean next-token cross-entropy, fp32 scalar, of windows (B, T + 1): inputs and, shifted by one, targets."""

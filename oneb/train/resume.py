@@ -164,6 +164,8 @@ def _load(parts: Parts, saved: dict[str, Any], path: Path, best_in: Path) -> Sta
     if found and found["step"] <= saved["step"]:
         # A finished run evaluates after its last save.
         best_val_loss = min(best_val_loss, math.inf if found["best_val_loss"] is None else found["best_val_loss"])
+    if saved["config"].get("data", {}).get("doc_mask", False) != parts.config.data.doc_mask:
+        best_val_loss = math.inf  # losses with and without --doc-mask do not compare
     return StartingPoint(
         path, saved["step"], best_val_loss, evaluated_at=-1 if saved["evaluated_at"] is None else saved["evaluated_at"],
         skips=tuple((step, batches) for step, batches in saved["skips"] or ()), watch=saved["watch"])

@@ -87,8 +87,8 @@ def build(config: Config, say: Callable[[str], None]) -> Parts:
         notes.append("cuDNN's attention does not run here (is another cuDNN on the library path?): FlashAttention 2 "
                      "instead, which is about 1.6x slower on this card")
     if config.data.doc_mask and backend == "efficient":
-        notes.append("attention within documents goes by a mask here, several times slower than our kernel, which "
-                     "wants 16-bit arithmetic, Ampere or later, Triton and heads up to 128 wide")
+        notes.append("attention within documents goes by a bias of all scores here, several times slower than our "
+                     "kernel, which wants 16-bit arithmetic, Ampere or later, Triton and heads up to 128 wide")
     # Set either way: a process may train more than once. Filling fresh memory guards against bugs, and costs a pass.
     torch.use_deterministic_algorithms(train.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False
