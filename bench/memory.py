@@ -26,6 +26,7 @@ from runs import REPOSITORY  # noqa: F401  (puts the repository on the path)
 from torch.nn.attention import sdpa_kernel
 
 from oneb.bench import results
+from oneb.checkpoints.rundir import RunDirectory
 from oneb.config import VARIANTS, Config, device_defaults
 from oneb.data.loader import Batch, gather
 from oneb.gpus import find_gpu
@@ -33,10 +34,9 @@ from oneb.kernels.attention import SDP_BACKENDS
 from oneb.memory import step_memory
 from oneb.presets import resolve
 from oneb.roofline import table_speed
-from oneb.train.display import make_display
-from oneb.train.recorder import Recorder
+from oneb.show.display import make_display
+from oneb.show.recorder import Recorder
 from oneb.train.resume import StartingPoint
-from oneb.train.rundir import RunDirectory
 from oneb.train.setup import build
 from oneb.train.signals import StopRequest
 from oneb.train.trainer import Trainer

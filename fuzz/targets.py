@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from oneb.checkpoints import rundir
 from oneb.config import Config
 from oneb.data.sidecar import read_sidecar as read_token_sidecar
 from oneb.data.tokens import open_tokens
@@ -26,8 +27,7 @@ from oneb.errors import OnebError
 from oneb.inspect.rows import median, phase_rows, read_run
 from oneb.presets import resolve
 from oneb.schedules import format_seq_schedule, parse_seq_schedule, reached, seq_len_at
-from oneb.train import rundir
-from oneb.train.sinks import JsonlSink
+from oneb.show.sinks import JsonlSink
 from oneb.units import format_count, parse_count
 
 VOCAB = 50257

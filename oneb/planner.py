@@ -244,7 +244,7 @@ def _phases(config: Config, gpu: Gpu | None, fit: Fit | None) -> tuple[Phase, ..
 
 
 def disk_use(config: Config) -> Disk:
-    """What the checkpoints of a run with a settled configuration take (:mod:`oneb.train.checkpoint`)."""
+    """What the checkpoints of a run with a settled configuration take (:mod:`oneb.checkpoints.checkpoint`)."""
     model, train, run = config.model, config.train, config.run
     padding = (model.padded_vocab_size - model.vocab_size) * model.d_model  # stored, and counted nowhere
     stored = sum(accounting.parameter_counts(model).values()) + padding

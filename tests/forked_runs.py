@@ -107,8 +107,8 @@ def reached(process: Forked, mark: Path, seconds: float = 60.0) -> None:
 
 def whole_steps(directory: Path) -> dict[str, int]:
     """Steps by name of all checkpoints there, each read and compared with its SHA-256."""
-    from oneb.train.checkpoint import load_checkpoint
-    from oneb.train.rundir import checkpoints
+    from oneb.checkpoints.checkpoint import load_checkpoint
+    from oneb.checkpoints.rundir import checkpoints
 
     found, faults = checkpoints(directory)
     assert not faults
@@ -119,7 +119,8 @@ def train_here(given: dict) -> int:
     """For children: a run as ``oneb train`` makes it, with short evaluations and no pictures; returns its exit code."""
     from oneb.cli.guard import reports_mistakes
     from oneb.presets import resolve
-    from oneb.train import recorder, setup
+    from oneb.show import recorder
+    from oneb.train import setup
     from oneb.train.run import train
 
     setup.EVAL_ITER_TOKENS = 512

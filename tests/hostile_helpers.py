@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_trainer import NANO, run
 
+from oneb.checkpoints.rundir import sidecar_path
 from oneb.files import sha256_file, write_json
 from oneb.presets import resolve
-from oneb.train import recorder
-from oneb.train.rundir import sidecar_path
+from oneb.show import recorder
 
 NAME = "oneb_decoupled_seed1337"
 STEPS = 3

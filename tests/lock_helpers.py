@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from oneb.train.lock import NAME
+from oneb.checkpoints.lock import NAME
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICK = {"beat_s": 0.2, "stale_s": 2.0}
@@ -22,7 +22,7 @@ HOLDER = """
 import errno, fcntl, json, os, sys, time
 from pathlib import Path
 from oneb.errors import OnebError
-from oneb.train.lock import Machine, RunLock
+from oneb.checkpoints.lock import Machine, RunLock
 
 given = json.loads(sys.argv[2])
 kind = given.pop("flock", "works")

@@ -6,8 +6,8 @@ import pytest
 from mirror_helpers import PART
 from s3_server import BUCKET, Proxy, client, environment, s3_server
 
-from oneb.train import mirror, place, remote
-from oneb.train.mirror import Mirror
+from oneb.checkpoints import mirror, place, remote
+from oneb.checkpoints.mirror import Mirror
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from oneb.train import mirror, place
-from oneb.train.rundir import read_sidecar
+from oneb.checkpoints import mirror, place
+from oneb.checkpoints.rundir import read_sidecar
 
 MB = 2**20
 PART = 5 * MB  # the smallest that S3 takes

@@ -63,7 +63,7 @@ def hold(hub: Hub, *numbers: int) -> list[threading.Event]:
 
 
 # argv: the code to run with the waits between tries shortened, then its own arguments.
-PATIENT = ("import sys; from oneb.data import download, hub_failures; from oneb.train import display; "
+PATIENT = ("import sys; from oneb.data import download, hub_failures; from oneb.show import display; "
            "hub_failures._WAITS = (0.1, 0.1); download._PAUSE_S = 0.5; download._REPORT_S = 1.0; "
            "display._WAITING_S = 0.5; code = sys.argv.pop(1); exec(code)")
 # argv: data root, name. Prints batch after batch a hash, and then the fingerprint; what is waited for to stderr.

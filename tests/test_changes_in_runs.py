@@ -12,15 +12,15 @@ from launcher_helpers import config as config_of_words
 from launcher_helpers import launch
 from test_trainer import NANO, assert_same_weights, losses, run, weights
 
+from oneb.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from oneb.checkpoints.rundir import check_resume, continued, read_sidecar, run_directory, sidecar_path
 from oneb.config import LogConfig, RunConfig, sections
 from oneb.errors import OnebError
 from oneb.files import read_json_lines
 from oneb.presets import resolve
-from oneb.train import recorder
-from oneb.train.checkpoint import load_checkpoint, save_checkpoint
+from oneb.show import recorder
 from oneb.train.resume import reload
 from oneb.train.run import train
-from oneb.train.rundir import check_resume, continued, read_sidecar, run_directory, sidecar_path
 from oneb.train.setup import build
 
 NAME = "oneb_decoupled_seed1337"

@@ -17,13 +17,14 @@ import torch
 from second_process import python
 from test_trainer import NANO, assert_same_weights, losses, run, val_losses, weights
 
+from oneb.checkpoints import checkpoint
+from oneb.checkpoints.rundir import checkpoints, claimed, previous_path, read_sidecar, run_directory, sidecar_path
 from oneb.errors import OnebError
 from oneb.files import read_json_lines
 from oneb.planner import disk_use, settled
 from oneb.presets import resolve
-from oneb.train import checkpoint, recorder
+from oneb.show import recorder
 from oneb.train.run import train
-from oneb.train.rundir import checkpoints, claimed, previous_path, read_sidecar, run_directory, sidecar_path
 
 NAME = "oneb_decoupled_seed1337"
 SAVING = {"size": "nano", "path": "demo", "resume": True}

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from data_helpers import write_npy
 
+from oneb.checkpoints.checkpoint import load_checkpoint
 from oneb.cli.train import main
 from oneb.data.loader import BatchLoader
 from oneb.data.order import BatchOrder
@@ -24,7 +25,6 @@ from oneb.data.reading import OpenFile, TokenFile
 from oneb.data.tokens import open_tokens
 from oneb.errors import OnebError
 from oneb.files import read_json_lines
-from oneb.train.checkpoint import load_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VOCAB = 257

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_disk import fill, make_read_only
 
+from oneb.checkpoints.disk import _free_bytes, check_room, check_start, least_disk_use, room_for
+from oneb.checkpoints.lock import RunLock
+from oneb.checkpoints.rundir import RunDirectory, claimed, run_directory, sidecar_path
 from oneb.errors import OnebError
 from oneb.planner import Disk, disk_use, settled
 from oneb.presets import resolve
 from oneb.train import run
-from oneb.train.disk import _free_bytes, check_room, check_start, least_disk_use, room_for
-from oneb.train.lock import RunLock
 from oneb.train.run import train
-from oneb.train.rundir import RunDirectory, claimed, run_directory, sidecar_path
 
 # A checkpoint of it has 371k parameters: 1.5 MB of weights, and as much of Lion's state.
 NANO = {"size": "nano", "n_layers": 2, "path": "demo", "device": "cpu", "live": "off", "phases": "32@0", "steps": 4,
@@ -314,7 +314,7 @@ def room_asked_for(config, directory, plan):
     """The fewest free bytes with which a run is let pass."""
     def passes(free):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("oneb.train.disk._free_bytes", lambda _: free)
+            patch.setattr("oneb.checkpoints.disk._free_bytes", lambda _: free)
             try:
                 check_room(config, directory, plan)
             except OnebError:

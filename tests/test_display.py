@@ -9,9 +9,9 @@ import time
 import pytest
 
 from oneb.errors import OnebError
-from oneb.train.dashboard import sparkline
-from oneb.train.display import LineDisplay, PlainDisplay, QuietDisplay, make_display
-from oneb.train.screen import Progress, bar, fit
+from oneb.show.dashboard import sparkline
+from oneb.show.display import LineDisplay, PlainDisplay, QuietDisplay, make_display
+from oneb.show.screen import Progress, bar, fit
 
 
 class Terminal(io.StringIO):
@@ -154,7 +154,7 @@ def test_plain_output_tells_of_a_wait_when_it_has_been_silent(monkeypatch):
     shown, stream = display("basic")
     shown.waiting("waiting for data", 9.0)
     assert stream.getvalue() == ""
-    monkeypatch.setattr("oneb.train.display._WAITING_S", 0.0)
+    monkeypatch.setattr("oneb.show.display._WAITING_S", 0.0)
     shown.waiting("waiting for data", 10.0)
     assert stream.getvalue() == "waiting for data …\n"
 
@@ -174,7 +174,7 @@ def test_plain_output_says_that_slow_steps_are_made(monkeypatch):
     shown, stream = display("basic")
     shown.advance(1)
     assert stream.getvalue() == ""
-    monkeypatch.setattr("oneb.train.display._QUIET_S", 0.0)
+    monkeypatch.setattr("oneb.show.display._QUIET_S", 0.0)
     shown.advance(2)
     assert stream.getvalue().split() == ["step", "2/20000"]
 

@@ -7,6 +7,8 @@ import torch
 from test_out_of_memory import fails_above
 from test_trainer import NANO, assert_same_weights, losses, run, weights
 
+from oneb.checkpoints.checkpoint import load_checkpoint
+from oneb.checkpoints.rundir import read_sidecar
 from oneb.config import device_defaults
 from oneb.errors import OnebError
 from oneb.files import read_json_lines
@@ -15,10 +17,8 @@ from oneb.memory import CONTEXT_BYTES
 from oneb.optim.optimizer import Optimizer
 from oneb.presets import resolve
 from oneb.train import trainer
-from oneb.train.checkpoint import load_checkpoint
 from oneb.train.device import Device
 from oneb.train.run import train
-from oneb.train.rundir import read_sidecar
 from oneb.units import GIB
 
 AUTO = {"batch_size": None, "grad_accum": 8}

@@ -65,7 +65,7 @@ def train_with_break(root: str, mark: str, breaks: tuple[int, ...] = (12,), **gi
 
 def train_with_torn_save(root: str, **given) -> int:
     """Train; the disk fails with EIO in the middle of every file that is written at steps 10 and 20."""
-    from oneb.train import checkpoint
+    from oneb.checkpoints import checkpoint
 
     saving._RETRY_S = saving._FINAL_RETRY_S = 0.0
     failing, plain = [], checkpoint._HashingFile.write

@@ -7,13 +7,13 @@ import weakref
 import pytest
 import torch
 
+from oneb.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from oneb.config import device_defaults
 from oneb.errors import OnebError
 from oneb.files import read_json_lines
 from oneb.model.attention import Attention
 from oneb.presets import resolve
-from oneb.train.checkpoint import load_checkpoint, save_checkpoint
-from oneb.train.recorder import Recorder
+from oneb.show.recorder import Recorder
 from oneb.train.run import train
 from oneb.train.setup import build
 from oneb.train.trainer import Trainer

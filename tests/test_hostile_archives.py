@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from second_process import python
 
+from oneb.checkpoints.checkpoint import load_checkpoint
+from oneb.checkpoints.rundir import CheckpointError, sidecar_path
 from oneb.errors import OnebError
-from oneb.train.checkpoint import load_checkpoint
 from oneb.train.run import train
-from oneb.train.rundir import CheckpointError, sidecar_path
 
 
 def archive(original: bytes, change, compress: int = zipfile.ZIP_STORED) -> bytes:
@@ -110,7 +110,7 @@ def loaded_with_little_memory(paths: list[Path], mebibytes: int) -> list[str]:
     code = f"""
 import resource
 from pathlib import Path
-from oneb.train.checkpoint import load_checkpoint
+from oneb.checkpoints.checkpoint import load_checkpoint
 taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + {mebibytes} * 2**20,) * 2)
 for path in {[str(path) for path in paths]}:

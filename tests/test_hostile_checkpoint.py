@@ -10,10 +10,17 @@ from hostile_helpers import STEPS, configuration, publish, saved
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from oneb.checkpoints.rundir import (
+    CheckpointError,
+    check_resume,
+    checkpoints,
+    read_sidecar,
+    run_directory,
+    sidecar_path,
+)
 from oneb.errors import OnebError
 from oneb.train.resume import reload
 from oneb.train.run import train
-from oneb.train.rundir import CheckpointError, check_resume, checkpoints, read_sidecar, run_directory, sidecar_path
 from oneb.train.setup import build
 from oneb.use.generate import load_trained
 

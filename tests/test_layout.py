@@ -19,12 +19,13 @@ PLACES = (
     (r"oneb/train/(trainer|rehearse|run\.py)", 4, "trainer"),
     (r"oneb/bench/", 4, "bench"),
     (r"oneb/cli/|oneb/(\w+/)?__main__", 5, "cli"),
-    (r"oneb/(train|inspect|use)/", 3, None),
+    (r"oneb/(checkpoints|show|train|inspect|use)/", 3, None),
 )
 # On one floor, a place uses only itself and these.
 NEIGHBOURS = {
     "model": {"kernels", "distributed"}, "optim": {"kernels", "distributed"}, "data": {"distributed"},
-    "train": {"inspect"}, "use": {"train"}, "bench": {"trainer"},
+    "show": {"checkpoints", "inspect"}, "train": {"checkpoints", "inspect", "show"}, "use": {"checkpoints", "train"},
+    "bench": {"trainer"},
 }
 THIRD_PARTY_FROM_FLOOR = 2
 MAX_LINES = 400

@@ -15,10 +15,10 @@ from lock_helpers import *  # noqa: F403
 from lock_helpers import FAR, QUICK, REPOSITORY, body
 from small_disk import fill, make_read_only
 
+from oneb.checkpoints.lock import NAME, LockedError, Machine, RunLock, _Holder, check_unlocked
 from oneb.cli.options import config_to_args
 from oneb.errors import OnebError
 from oneb.presets import resolve
-from oneb.train.lock import NAME, LockedError, Machine, RunLock, _Holder, check_unlocked
 from oneb.train.run import train
 
 # ---- on one machine

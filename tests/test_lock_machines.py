@@ -13,7 +13,7 @@ import pytest
 from lock_helpers import *  # noqa: F403
 from lock_helpers import FAR, QUICK, body
 
-from oneb.train.lock import BEAT_S, NAME, STALE_S, LockedError, RunLock
+from oneb.checkpoints.lock import BEAT_S, NAME, STALE_S, LockedError, RunLock
 
 # ---- on several machines, whose flock does not reach the others
 

@@ -7,10 +7,10 @@ import pytest
 from mirror_helpers import MB, copied, killed_while_copying, names, save, until
 from s3_server import BUCKET, S3, client, stored, uploads_under_way
 
+from oneb.checkpoints import place
+from oneb.checkpoints.mirror import fetch_newest
+from oneb.checkpoints.rundir import read_sidecar
 from oneb.files import sha256_file
-from oneb.train import place
-from oneb.train.mirror import fetch_newest
-from oneb.train.rundir import read_sidecar
 
 pytest_plugins = ["mirror_fixtures"]
 

@@ -11,10 +11,10 @@ import pytest
 from mirror_helpers import copied, save
 from s3_server import BUCKET, S3, client, stored
 
+from oneb.checkpoints import place
+from oneb.checkpoints.mirror import check_place, fetch_newest
+from oneb.checkpoints.rundir import read_sidecar
 from oneb.errors import OnebError
-from oneb.train import place
-from oneb.train.mirror import check_place, fetch_newest
-from oneb.train.rundir import read_sidecar
 
 ROOT = Path(__file__).parents[1]
 
@@ -170,7 +170,7 @@ def test_without_s3fs_the_line_that_installs_it_is_said():
     code = """
 import sys
 sys.modules["s3fs"] = None  # what an import of a package that is not there meets
-from oneb.train.mirror import check_place
+from oneb.checkpoints.mirror import check_place
 check_place("s3://bucket/x")
 """
     failed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

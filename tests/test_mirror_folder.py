@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from mirror_helpers import MB, copied, killed_while_copying, names, save, until
 
+from oneb.checkpoints import mirror
+from oneb.checkpoints.mirror import check_place, fetch_newest
+from oneb.checkpoints.rundir import sidecar_path
 from oneb.errors import OnebError
-from oneb.train import mirror
-from oneb.train.mirror import check_place, fetch_newest
-from oneb.train.rundir import sidecar_path
 
 pytest_plugins = ["mirror_fixtures"]
 

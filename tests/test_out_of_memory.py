@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_trainer import NANO, assert_same_weights, losses, run, val_losses, weights
 
+from oneb.checkpoints.checkpoint import load_checkpoint
 from oneb.errors import OnebError
 from oneb.model.transformer import Transformer
-from oneb.train.checkpoint import load_checkpoint
 
 
 def fails_above(monkeypatch, rows, recomputed_layers=0, from_call=0):

@@ -15,6 +15,7 @@ import torch
 from data_helpers import write_npy
 
 import oneb.train.rehearse
+from oneb.checkpoints.checkpoint import load_checkpoint
 from oneb.cli.options import config_to_args
 from oneb.cli.rehearse import RESULT, Rehearsal, rehearsal_lines, rehearse
 from oneb.cli.train import build_parser
@@ -23,7 +24,6 @@ from oneb.errors import OnebError
 from oneb.files import sha256_file, write_json
 from oneb.model.transformer import build_model
 from oneb.presets import resolve
-from oneb.train.checkpoint import load_checkpoint
 from oneb.train.rehearse import check
 from oneb.train.run import train
 from oneb.train.trainer import Trainer

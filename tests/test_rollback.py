@@ -13,11 +13,11 @@ import torch
 from forked_runs import NAME, TINY, reached, train_here, whole_steps, within
 from test_trainer import assert_same_weights, losses, weights
 
+from oneb.checkpoints.checkpoint import load_checkpoint
 from oneb.errors import OnebError
 from oneb.files import read_json_lines
 from oneb.presets import resolve
 from oneb.train import saving, watch
-from oneb.train.checkpoint import load_checkpoint
 from oneb.train.run import train
 from oneb.train.stepper import Stepper
 from oneb.train.trainer import Diverged, Trainer

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from oneb.checkpoints.rundir import check_resume, claimed, read_sidecar, run_directory, sidecar_path
 from oneb.errors import OnebError
 from oneb.presets import resolve
-from oneb.train.rundir import check_resume, claimed, read_sidecar, run_directory, sidecar_path
 
 
 def config(tmp_path: Path, **given):

@@ -16,10 +16,10 @@ import pytest
 from forked_runs import NAME, reached, train_here, whole_steps, within
 from test_trainer import assert_same_weights, losses, val_losses, weights
 
+from oneb.checkpoints.rundir import previous_path, read_sidecar, whole_sidecar
 from oneb.data import loader
 from oneb.files import read_json_lines
 from oneb.train import evaluate, trainer, writer
-from oneb.train.rundir import previous_path, read_sidecar, whole_sidecar
 from oneb.train.stepper import Stepper
 
 REPOSITORY = Path(__file__).parents[1]

@@ -12,9 +12,9 @@ from small_disk import fill
 
 from oneb.config import Config, LogConfig
 from oneb.errors import OnebError
-from oneb.train.recorder import Recorder
-from oneb.train.sinks import JsonlSink
-from oneb.train.wandb_sink import WandbSink
+from oneb.show.recorder import Recorder
+from oneb.show.sinks import JsonlSink
+from oneb.show.wandb_sink import WandbSink
 
 
 def train_row(step: int, loss: float = 3.0) -> dict:
@@ -315,7 +315,7 @@ def test_without_a_login_the_run_goes_offline_and_says_so(run_dir):
 
 def test_a_network_that_refuses_does_not_stop_training(run_dir, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setattr("oneb.train.wandb_sink._INIT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("oneb.show.wandb_sink._INIT_TIMEOUT_S", 1.0)
     sink = WandbSink(wandb_config(wandb_mode="online"), run_dir)
     assert sink._run.offline
     assert "offline" in sink.warnings[0]

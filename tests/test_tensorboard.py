@@ -14,8 +14,8 @@ from small_disk import fill
 from test_trainer import run
 
 from oneb.errors import OnebError
-from oneb.train import tensorboard_sink
-from oneb.train.tensorboard_sink import TensorBoardSink
+from oneb.show import tensorboard_sink
+from oneb.show.tensorboard_sink import TensorBoardSink
 
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402

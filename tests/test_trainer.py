@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from oneb.checkpoints.checkpoint import load_checkpoint
 from oneb.errors import OnebError
 from oneb.files import read_json_lines
 from oneb.presets import resolve
-from oneb.train.checkpoint import load_checkpoint
 from oneb.train.run import train
 from oneb.train.trainer import Trainer
 

@@ -16,8 +16,8 @@ from small_disk import fill
 
 from oneb.config import Config, LogConfig
 from oneb.files import read_json_lines
-from oneb.train import wandb_sink
-from oneb.train.wandb_sink import WandbSink
+from oneb.show import wandb_sink
+from oneb.show.wandb_sink import WandbSink
 
 TESTS = Path(__file__).parent
 # The waits of the quick tests, seconds: until the client gives up starting, until it gives up finishing, and until it
@@ -79,7 +79,7 @@ def environment(tmp_path: Path, url: str) -> dict[str, str]:
 
 CHILD = """
 import sys
-import oneb.train.wandb_sink as sink
+import oneb.show.wandb_sink as sink
 sink._INIT_TIMEOUT_S, sink._FINISH_TIMEOUT_S, sink._STUCK_S = {waits}
 {before}
 from oneb.cli.train import main

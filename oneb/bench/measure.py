@@ -19,6 +19,7 @@ from oneb.bench.ceilings import Cache, measure_ceilings
 from oneb.bench.meter import Meter, driver_version, with_energy
 from oneb.bench.points import PROFILE_LEAD_IN, PROFILE_STEPS, Point, Settings, configuration
 from oneb.bench.results import Row
+from oneb.checkpoints.rundir import RunDirectory
 from oneb.config import Config, compute_dtype
 from oneb.fit import PhaseFit
 from oneb.kernels.attention import SDP_BACKENDS
@@ -26,11 +27,10 @@ from oneb.kernels.runtime import triton_available
 from oneb.model.transformer import DTYPES
 from oneb.planner import mfu
 from oneb.roofline import EXPONENTIALS_PER_CLOCK, gemm_seconds, gemms, predict, table_ceilings, table_speed
+from oneb.show.recorder import Recorder, open_recorder
 from oneb.train.clock import StepClock
 from oneb.train.device import Device, open_device
-from oneb.train.recorder import Recorder, open_recorder
 from oneb.train.resume import StartingPoint
-from oneb.train.rundir import RunDirectory
 from oneb.train.setup import Parts, build
 from oneb.train.signals import StopRequest
 from oneb.train.trainer import Trainer

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from oneb.checkpoints.rundir import RunDirectory
 from oneb.cli.machine import Machine, plan_for
 from oneb.config import Config, TrainConfig
 from oneb.errors import ConfigErrors, OnebError
 from oneb.planner import ASIDE_SHARE, steps_for_seconds
 from oneb.presets import resolve
-from oneb.train.rundir import RunDirectory
 
 
 def resolve_for(given: Mapping[str, Any], dollars: float | None) -> Config:

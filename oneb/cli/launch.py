@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from oneb.advice import advice
+from oneb.checkpoints.rundir import RunDirectory, check_resume, continued, read_sidecar, run_directory
 from oneb.cli.budget import resolve_for, steps_for_budget
 from oneb.cli.data_size import count_tokens
 from oneb.cli.guard import reports_mistakes
@@ -26,7 +27,6 @@ from oneb.data.names import parse_name
 from oneb.errors import OnebError
 from oneb.planner import Plan
 from oneb.presets import resolve
-from oneb.train.rundir import RunDirectory, check_resume, continued, read_sidecar, run_directory
 from oneb.units import format_count, format_dollars, format_duration
 
 _REPOSITORY = Path(__file__).resolve().parents[2]

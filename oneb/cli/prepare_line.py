@@ -6,7 +6,7 @@ import shutil
 import time
 from typing import TYPE_CHECKING, TextIO
 
-from oneb.train.screen import bar
+from oneb.show.screen import bar
 from oneb.units import format_count, format_duration
 
 if TYPE_CHECKING:

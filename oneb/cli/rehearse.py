@@ -19,12 +19,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from oneb.checkpoints.disk import check_room, check_start, least_disk_use
+from oneb.checkpoints.rundir import run_directory
 from oneb.cli.plan_text import wrapped
 from oneb.config import Config
 from oneb.errors import OnebError
 from oneb.planner import Disk
-from oneb.train.disk import check_room, check_start, least_disk_use
-from oneb.train.rundir import run_directory
 from oneb.train.signals import StopRequest
 from oneb.units import format_count, format_duration, format_gib
 

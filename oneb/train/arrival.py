@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from oneb.data.tokens import Tokens
+from oneb.show.recorder import Recorder
 from oneb.train.clock import process_age_s
-from oneb.train.recorder import Recorder
 from oneb.units import format_duration
 
 _LOOK_S = 1.0

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
+from oneb.checkpoints.rundir import LAST, RunDirectory, continued, read_sidecar, run_directory
 from oneb.config import Config
 from oneb.data.loader import Batch, gather
 from oneb.errors import OnebError
 from oneb.fit import Fit
 from oneb.kernels.attention import SDP_BACKENDS
 from oneb.schedules import reached
-from oneb.train.recorder import Recorder
+from oneb.show.recorder import Recorder
+from oneb.show.screen import Display, Progress
 from oneb.train.resume import StartingPoint, restore
-from oneb.train.rundir import LAST, RunDirectory, continued, read_sidecar, run_directory
-from oneb.train.screen import Display, Progress
 from oneb.train.setup import Parts, build
 from oneb.train.signals import StopRequest
 from oneb.train.trainer import Trainer

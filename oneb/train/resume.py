@@ -12,11 +12,9 @@ import torch
 
 from oneb import __version__
 from oneb.changes import Change, changes, notes, refusal, shown
-from oneb.errors import OnebError
-from oneb.schedules import tokens_before
-from oneb.train.checkpoint import check_weights, load_checkpoint, load_weights, rng_state, set_rng_state
-from oneb.train.contents import refuse_faults, tensor_faults
-from oneb.train.rundir import (
+from oneb.checkpoints.checkpoint import check_weights, load_checkpoint, load_weights, rng_state, set_rng_state
+from oneb.checkpoints.contents import refuse_faults, tensor_faults
+from oneb.checkpoints.rundir import (
     BEST,
     CheckpointError,
     RunDirectory,
@@ -25,6 +23,8 @@ from oneb.train.rundir import (
     previous_path,
     whole_sidecar,
 )
+from oneb.errors import OnebError
+from oneb.schedules import tokens_before
 from oneb.train.setup import Parts
 
 # What a run is computed with beside its options, and how people call it.
@@ -175,7 +175,7 @@ def snapshot(
     parts: Parts, *, step: int, best_val_loss: float, divisions: list[dict[str, int]], with_optimizer: bool,
     skips: Sequence[tuple[int, int]] = (), watch: dict[str, Any] | None = None, evaluated_at: int = -1,
 ) -> dict[str, Any]:
-    """What a checkpoint holds, for :func:`oneb.train.checkpoint.save_checkpoint`: all that :func:`restore` reads.
+    """What a checkpoint holds, for :func:`oneb.checkpoints.checkpoint.save_checkpoint`: all that :func:`restore` reads.
 
     Args:
         divisions: how each length's steps are divided (:meth:`oneb.fit.Fit.divisions`).

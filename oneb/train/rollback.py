@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oneb.train.rundir import checkpoints, is_on_course, read_sidecar
+from oneb.checkpoints.rundir import checkpoints, is_on_course, read_sidecar
 from oneb.train.watch import Verdict
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from torch.nn.attention import sdpa_kernel
 
+from oneb.checkpoints.disk import check_room, check_start, least_disk_use
+from oneb.checkpoints.lock import check_unlocked
+from oneb.checkpoints.mirror import Mirror
+from oneb.checkpoints.remote import check_place, fetch_newest
+from oneb.checkpoints.rundir import RunDirectory, check_writable, checkpoints, claimed, continued, run_directory
 from oneb.config import Config
 from oneb.files import read_json_lines
 from oneb.kernels.attention import SDP_BACKENDS
-from oneb.train.disk import check_room, check_start, least_disk_use
-from oneb.train.lock import check_unlocked
-from oneb.train.mirror import Mirror
-from oneb.train.recorder import check_sinks, open_recorder
-from oneb.train.remote import check_place, fetch_newest
+from oneb.show.recorder import check_sinks, open_recorder
 from oneb.train.resume import StartingPoint, restore
-from oneb.train.rundir import RunDirectory, check_writable, checkpoints, claimed, continued, run_directory
 from oneb.train.setup import Parts, build
 from oneb.train.signals import StopRequest
 from oneb.train.trainer import Trainer

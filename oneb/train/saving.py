@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oneb.checkpoints.checkpoint import link_checkpoint, prune_checkpoints
+from oneb.checkpoints.disk import room_for
+from oneb.checkpoints.mirror import Mirror
+from oneb.checkpoints.rundir import BEST, LAST, RunDirectory, checkpoints, whole_sidecar
 from oneb.errors import OnebError
-from oneb.train.checkpoint import link_checkpoint, prune_checkpoints
-from oneb.train.disk import room_for
-from oneb.train.mirror import Mirror
-from oneb.train.recorder import Recorder
-from oneb.train.rundir import BEST, LAST, RunDirectory, checkpoints, whole_sidecar
+from oneb.show.recorder import Recorder
 from oneb.train.setup import Parts
 from oneb.train.writer import CheckpointWriter, Written, tensors_of
 from oneb.units import format_gib

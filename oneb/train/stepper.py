@@ -10,7 +10,7 @@ from torch import Tensor
 from oneb.data.loader import Batch
 from oneb.optim import clip_scale, grad_norm
 from oneb.schedules import lr_at
-from oneb.train.recorder import Recorder
+from oneb.show.recorder import Recorder
 from oneb.train.setup import Parts
 
 

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oneb.checkpoints.lock import LockedError
+from oneb.checkpoints.mirror import Mirror
+from oneb.checkpoints.rundir import LAST, CheckpointError, RunDirectory, fault
 from oneb.data.loader import Batch, BatchLoader
 from oneb.errors import OnebError
 from oneb.files import write_json
 from oneb.inspect.analysis import analyse
 from oneb.planner import make_plan, mfu
 from oneb.schedules import seq_len_at, tokens_before
+from oneb.show.recorder import Recorder
 from oneb.train.arrival import Arrival
 from oneb.train.clock import StepClock, process_age_s
 from oneb.train.compiles import compilations
-from oneb.train.lock import LockedError
-from oneb.train.mirror import Mirror
-from oneb.train.recorder import Recorder
 from oneb.train.resume import StartingPoint, reload, snapshot
 from oneb.train.rollback import checkpoints_before
-from oneb.train.rundir import LAST, CheckpointError, RunDirectory, fault
 from oneb.train.saving import Saver
 from oneb.train.setup import Parts, describe
 from oneb.train.signals import Stopped, StopRequest

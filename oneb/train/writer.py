@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oneb.train.checkpoint import save_checkpoint
+from oneb.checkpoints.checkpoint import save_checkpoint
 from oneb.train.device import Device
 from oneb.train.host_memory import available_bytes
 
@@ -87,7 +87,7 @@ class CheckpointWriter:
         self._put(lambda: self._host.reserve(contents))
 
     def submit(self, path: Path, contents: Contents, finite: Tensor, then: Callable[[], None]) -> None:
-        """Write ``contents`` to ``path``, as :func:`oneb.train.checkpoint.save_checkpoint` does; then call ``then``.
+        """Write ``contents`` to ``path``, as ``save_checkpoint`` does; then call ``then``.
 
         Until :meth:`wait_copied` returns, no tensor of it may change; what changes at other times than weights and
         optimizer state must be a copy already. Checkpoints of one step share one copy.

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from oneb.checkpoints.checkpoint import load_checkpoint, load_weights
 from oneb.config import TrainConfig, compute_dtype, model_from_dict
 from oneb.data.tokenizer import Tokenizer, known_tokenizer, load_tokenizer
 from oneb.errors import OnebError
 from oneb.model.kv_cache import KVCache
 from oneb.model.transformer import DTYPES, Transformer, build_model
-from oneb.train.checkpoint import load_checkpoint, load_weights
 from oneb.train.device import open_device
 
 

@@ -1,4 +1,4 @@
-"""A place for copies of files, a folder or an object store, behind the few calls that :mod:`oneb.train.mirror` needs.
+"""A place for copies of files, a folder or an object store, behind the few calls that the mirror needs.
 
 Names are relative to the place: ``run/step00000100.pt``. Every call may block for as long as the network or the mount
 does: call them through :func:`watched`. Errors are OSError, or what the store's client raises.

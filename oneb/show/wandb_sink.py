@@ -12,7 +12,7 @@ from typing import Any
 from oneb.config import Config
 from oneb.errors import OnebError
 from oneb.files import write_text
-from oneb.train.sinks import CHARTED, chart_values, check_installed
+from oneb.show.sinks import CHARTED, chart_values, check_installed
 
 _ID_FILE = "wandb_id.txt"
 # A machine without network must start training soon, and one that is about to be taken away must end soon.

@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from oneb.checkpoints.rundir import RunDirectory, read_sidecar
 from oneb.config import Config
 from oneb.inspect.plots import write_plots
 from oneb.inspect.report import write_report
 from oneb.inspect.summary import write_summary
 from oneb.schedules import tokens_before
-from oneb.train.display import make_display
-from oneb.train.rundir import RunDirectory, read_sidecar
-from oneb.train.screen import Display
-from oneb.train.sinks import JsonlSink, Sink, check_installed
-from oneb.train.tensorboard_sink import TensorBoardSink
-from oneb.train.wandb_sink import WandbSink
+from oneb.show.display import make_display
+from oneb.show.screen import Display
+from oneb.show.sinks import JsonlSink, Sink, check_installed
+from oneb.show.tensorboard_sink import TensorBoardSink
+from oneb.show.wandb_sink import WandbSink
 
 
 def check_sinks(config: Config) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from oneb.accounting import parameter_counts
 from oneb.changes import known_options
+from oneb.checkpoints.rundir import CheckpointError
 from oneb.config import model_from_dict
 from oneb.errors import OnebError
-from oneb.train.rundir import CheckpointError
 
 # The pickle beside the tensors: some hundred bytes a tensor.
 _LARGEST_PICKLE = 2**26

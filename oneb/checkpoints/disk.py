@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from oneb.checkpoints.lock import check_unlocked
+from oneb.checkpoints.rundir import BEST, LAST, RunDirectory, previous_path, read_sidecar
 from oneb.config import Config
 from oneb.errors import OnebError
 from oneb.planner import Disk, disk_use, settled
-from oneb.train.lock import check_unlocked
-from oneb.train.rundir import BEST, LAST, RunDirectory, previous_path, read_sidecar
 from oneb.units import format_gib
 
 _ROW_BYTES = 512  # of train.jsonl

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any, TextIO
 
 from oneb.errors import OnebError
-from oneb.train.screen import Display, Progress, bar, figures, loss_text, percent_text
+from oneb.show.screen import Display, Progress, bar, figures, loss_text, percent_text
 from oneb.units import format_count
 
 if TYPE_CHECKING:

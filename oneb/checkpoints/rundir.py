@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from oneb.changes import Change, as_before, changes, known_options, notes, refusal
+from oneb.checkpoints.lock import RunLock
 from oneb.config import Config, model_differences, model_from_dict
 from oneb.errors import OnebError
-from oneb.train.lock import RunLock
 
 LAST = "last.pt"
 BEST = "best.pt"

@@ -2,7 +2,7 @@
 
 A checkpoint exists once its JSON sidecar does, which is written last and carries the file's size and SHA-256. Where a
 new checkpoint takes the name of an old one, the old one keeps a second name until the new sidecar is there: whenever
-the process is killed, one of the two is whole (:func:`oneb.train.rundir.checkpoints` finds it).
+the process is killed, one of the two is whole (:func:`oneb.checkpoints.rundir.checkpoints` finds it).
 """
 
 from __future__ import annotations
@@ -20,11 +20,8 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from oneb.config import ModelConfig, model_differences, model_from_dict
-from oneb.errors import OnebError
-from oneb.files import fsync_directory, sha256_file, write_json, write_text
-from oneb.train.contents import check_archive, check_types, refuse_faults, tensor_faults
-from oneb.train.rundir import (
+from oneb.checkpoints.contents import check_archive, check_types, refuse_faults, tensor_faults
+from oneb.checkpoints.rundir import (
     LAST,
     CheckpointError,
     checkpoints,
@@ -34,6 +31,9 @@ from oneb.train.rundir import (
     sidecar_path,
     whole_sidecar,
 )
+from oneb.config import ModelConfig, model_differences, model_from_dict
+from oneb.errors import OnebError
+from oneb.files import fsync_directory, sha256_file, write_json, write_text
 
 FORMAT = 1
 _HASHED_ASIDE = 2**18  # bytes; less is hashed sooner than a thread has begun
@@ -43,7 +43,7 @@ def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
     """Write ``contents`` (with keys step, tokens, best_val_loss and config) to ``path``, then its sidecar.
 
     An earlier checkpoint of that name stays valid until the new one is whole, at the end under its
-    :func:`~oneb.train.rundir.previous_path`.
+    :func:`~oneb.checkpoints.rundir.previous_path`.
     """
     temporary = _temporary(path)
     temporary.unlink(missing_ok=True)  # left by a killed process of the same number, it may be a link

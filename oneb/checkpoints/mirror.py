@@ -2,7 +2,7 @@
 
 The newest two stay there; an older one goes only after a newer one is verified, so that from the first verified
 checkpoint on there is always a whole one. With them are copies of the run's small files and of best.pt.
-:mod:`oneb.train.remote` says how it lies there, and brings it back.
+:mod:`oneb.checkpoints.remote` says how it lies there, and brings it back.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from oneb.files import write_text
-from oneb.train.place import BLOCK_BYTES, DamagedError, Moved, Place, Stalled, open_place, watched
-from oneb.train.remote import (
+from oneb.checkpoints.place import BLOCK_BYTES, DamagedError, Moved, Place, Stalled, open_place, watched
+from oneb.checkpoints.remote import (
     CHECKPOINT,
     FETCHED,
     RUN_ID,
@@ -34,7 +33,8 @@ from oneb.train.remote import (
     reason,
     whole_checkpoints,
 )
-from oneb.train.rundir import BEST, CheckpointError, read_sidecar, sidecar_path
+from oneb.checkpoints.rundir import BEST, CheckpointError, read_sidecar, sidecar_path
+from oneb.files import write_text
 from oneb.units import format_gib
 
 __all__ = ["Mirror", "MirrorEvent", "check_place", "fetch_newest"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from oneb.errors import OnebError
-from oneb.train.sinks import CHARTED, RecordFile, chart_values, check_installed
+from oneb.show.sinks import CHARTED, RecordFile, chart_values, check_installed
 
 FOLDER = "tensorboard"
 _PREFIX = "events.out.tfevents."

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from oneb.checkpoints.place import DamagedError, Moved, Place, open_place, watched
+from oneb.checkpoints.rundir import LAST, sidecar_path
 from oneb.errors import OnebError
 from oneb.files import write_json, write_text
-from oneb.train.place import DamagedError, Moved, Place, open_place, watched
-from oneb.train.rundir import LAST, sidecar_path
 from oneb.units import format_gib
 
 # Nothing arrived for so long: the attempt is given up, and another made.

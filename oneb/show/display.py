@@ -1,6 +1,6 @@
 """What a run shows while it trains: plain lines, one progress line rewritten in place, or a rich dashboard.
 
-Every display is a sink (:class:`oneb.train.sinks.Sink`) that turns rows into text.
+Every display is a sink (:class:`oneb.show.sinks.Sink`) that turns rows into text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any, TextIO
 
-from oneb.train.screen import Display, Progress, bar, figures, fit, percent_text
+from oneb.show.screen import Display, Progress, bar, figures, fit, percent_text
 from oneb.units import format_duration
 
 _PLAIN_WIDTH = 79
@@ -44,7 +44,7 @@ def make_display(
     if mode == "off":
         return QuietDisplay(name, progress, stream)
     if mode == "rich" and terminal:
-        from oneb.train.dashboard import RichDisplay
+        from oneb.show.dashboard import RichDisplay
 
         return RichDisplay(name, progress, stream)
     if mode == "auto" and terminal:
