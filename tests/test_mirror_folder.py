@@ -143,7 +143,7 @@ def test_a_mount_that_hangs_is_left_alone_and_used_again_when_it_answers(tmp_pat
     hanging = [thread for thread in threading.enumerate() if thread.name == "mirror-io"]
     assert len(hanging) == mirror.MAX_STUCK
     assert "earlier attempts" in one.poll()[-1].message
-    with open(pipe, "wb") as answer:
+    with contextlib.suppress(BrokenPipeError), open(pipe, "wb") as answer:  # they may look, and close it again
         answer.write(b"another run\n")
     pipe.unlink()
     monkeypatch.setattr(mirror, "STALL_S", 5.0)
