@@ -12,7 +12,7 @@ FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "oneb").rglob("*.py"))
 # The first pattern that matches a path gives its floor and its place on it (docs/ARCHITECTURE.md).
 PLACES = (
     (r"oneb/__init__", 0, "oneb"),
-    (r"oneb/(units|errors|files|gpus)", 0, "ground"),
+    (r"oneb/(units|errors|files|gpus|host_memory)", 0, "ground"),
     (r"oneb/(config|presets|schedules|accounting|changes|memory|roofline|fit|planner|advice|sketch)", 1, "plan"),
     (r"oneb/(data|kernels|model|optim)/", 2, None),  # None: the folder's name
     (r"oneb/distributed", 2, "distributed"),

@@ -7,10 +7,11 @@ import time
 import pytest
 import torch
 
+from oneb import host_memory
 from oneb.checkpoints import checkpoint
 from oneb.checkpoints.rundir import read_sidecar
 from oneb.files import sha256_file
-from oneb.train import host_memory, writer
+from oneb.train import writer
 from oneb.train.device import open_device
 from oneb.train.writer import CheckpointWriter
 

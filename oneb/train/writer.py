@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from oneb.checkpoints.checkpoint import save_checkpoint
+from oneb.host_memory import available_bytes
 from oneb.train.device import Device
-from oneb.train.host_memory import available_bytes
 
 _SPARE_BYTES = 2**30  # of host memory, that a copy must leave
 Contents = dict[str, Any]
