@@ -26,6 +26,7 @@ from oneb.data.sidecar import read_sidecar
 from oneb.data.sources import local_inputs
 from oneb.data.tokenizer import BytesTokenizer, load_tokenizer
 from oneb.data.tokens import open_tokens
+from oneb.data.verify import verify
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,6 +134,7 @@ def test_input_that_runs_short_is_a_warning_with_the_true_count(inputs, tmp_path
     assert run(tmp_path / "x.npy", "--input", inputs, "--tokenizer", "bytes", "--tokens", 1000) == 0
     assert "warning: the input held 19 tokens, 981 fewer than the 1000 asked for" in capsys.readouterr().err
     assert read_sidecar(tmp_path / "x.npy").tokens == 19
+    assert verify(tmp_path / "x.npy").tokens == 19  # its SHA-256, too
 
 
 @given(texts=st.lists(st.text(min_size=1), min_size=1, max_size=8), n_tokens=st.integers(1, 200),

@@ -6,10 +6,8 @@ import gzip
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -158,47 +156,6 @@ def test_parquet_in_other_layouts(tmp_path, kind):
         patch.setattr("oneb.data.units._BATCH_BYTES", 300)
         _, ids = prepared(tmp_path, tmp_path / "a.parquet")
     assert ids == in_bytes(*TEXTS)
-
-
-# -- A full disk -----------------------------------------------------------------------------------
-
-@pytest.fixture
-def tiny_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this process may not mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.mark.parametrize("workers", WORKERS)
-def test_a_full_disk_is_said_and_room_lets_it_continue(tiny_disk, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr("oneb.data.units.UNIT_BYTES", 50_000)
-    chance = random.Random(2)
-    texts = [chance.randbytes(500).hex() for _ in range(700)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    ballast = tiny_disk / "ballast"
-    ballast.write_bytes(b"\1" * (3 * 2**20))
-    with pytest.raises(OnebError, match="is full. Make room and run the same command again: it continues"):
-        prepared(tiny_disk, tmp_path / "a.jsonl", workers=workers)
-    assert not (tiny_disk / "x.npy").exists()
-    ballast.unlink()
-    done, ids = prepared(tiny_disk, tmp_path / "a.jsonl", workers=workers)
-    assert ids == in_bytes(*texts)
-    assert done.sidecar.sha256 is not None
-
-
-def test_too_small_a_disk_is_said_first(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("a")
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
-    with pytest.raises(OnebError, match="600000 tokens take 1.1 MiB, the disk has 976.6 KiB free"):
-        prepare(local_inputs([str(tmp_path / "a.txt")]), BytesTokenizer(), tmp_path / "x.npy", source="test",
-                n_tokens=600_000)
 
 
 # -- Huge documents --------------------------------------------------------------------------------

@@ -317,12 +317,13 @@ def is_worker(process: psutil.Process) -> bool:
 
 
 def test_ctrl_c_says_that_the_same_command_continues(undisturbed, books, tmp_path):
+    """As a terminal sends it: to every process of the command."""
     process = subprocess.Popen(command(books, tmp_path / "x.npy", 2), env=environment(), text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                               start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     state = tmp_path / "x.npy.parts" / "state.json"
     while not state.exists() or not json.loads(state.read_text())["tokens"]:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130
     assert "run the same command again, and it continues" in error

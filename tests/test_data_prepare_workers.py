@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -22,7 +24,7 @@ import pytest
 from oneb.data.growing import GrowingHash
 from oneb.data.parts import ENDS, HEADER_BYTES, TOKENS, Counts, Job, Place
 from oneb.data.units import Unit
-from oneb.data.workers import Hash, Pool, Worker, _Waiting
+from oneb.data.workers import Pool, Worker, _receive, _Waiting, usable_workers
 from oneb.errors import OnebError
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +106,7 @@ def test_a_worker_that_dies_is_replaced_and_its_units_go_where_they_would_have_g
             tokens, documents = tokens + counts[unit].tokens, documents + counts[unit].documents
         if when == "counted":
             spawned()[0].kill()
-            time.sleep(0.1)
+            assert pool.results(5.0) == []  # it is seen to be dead: its units are encoded again
         if when == "placing":
             process = spawned()[0]
             process.suspend()
@@ -152,6 +154,68 @@ def kill_children(count: int) -> None:
         time.sleep(0.05)
 
 
+def counted_and_killed(folder: Path) -> tuple[Pool, list[Unit], list[Counts]]:
+    """The one worker died after two units were encoded, and before it was told where they go."""
+    todo = some_units(folder, 2)
+    pool = Pool(1)
+    pool.begin(bytes_job(folder))
+    for unit in todo:
+        pool.submit(unit)
+    counts: dict[Unit, Counts] = {}
+    while len(counts) < 2:
+        counts |= {unit: answer for unit, answer in pool.results(1.0) if isinstance(answer, Counts)}
+    spawned()[0].kill()
+    return pool, todo, [counts[unit] for unit in todo]
+
+
+def test_a_unit_that_is_gone_when_it_is_encoded_again_is_named(tmp_path):
+    pool, todo, counts = counted_and_killed(tmp_path)
+    with contextlib.closing(pool):
+        todo[0].path.unlink()
+        pool.submit(Place(todo[0], 0, 0, counts[0].tokens))
+        with pytest.raises(OnebError, match="in.jsonl cannot be read: No such file"):
+            list(iter(lambda: pool.results(5.0), "never"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_processes_are_forked_where_that_is_safe_and_replaced_by_new_ones(tmp_path, monkeypatch, threads):
+    """Safe without threads. A fork later on would hold the journal's lock, perhaps for longer than its parent."""
+    monkeypatch.setattr("oneb.data.workers._n_threads", lambda: threads)
+    with contextlib.closing(Pool(2)) as pool:
+        kinds = {type(hand.process).__name__ for hand in pool._hands}
+        assert kinds == {"ForkProcess" if threads == 1 else "SpawnProcess"}
+        pool._hands[0].process.kill()
+        pool.results(5.0)
+        assert type(pool._hands[0].process).__name__ == "SpawnProcess"
+
+
+def test_a_worker_cannot_be_interrupted_not_even_while_it_begins(monkeypatch):
+    """Ctrl-C is the parent's."""
+    monkeypatch.setattr("oneb.data.workers._n_threads", lambda: 2)
+    resource_tracker._resource_tracker._stop()
+    with contextlib.closing(Pool(1)) as pool:
+        ready = pool._hands[0].process
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            os.kill(ready.pid, signal.SIGINT)
+            time.sleep(0.01)
+        assert ready.is_alive()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("not a pickle"), EOFError()])
+def test_a_worker_that_hears_nothing_more_ends(error):
+    child = os.fork()
+    if child == 0:
+        class Deaf:
+            def recv(self) -> None:
+                raise error
+
+        with contextlib.suppress(BaseException):
+            _receive(Deaf(), SimpleQueue())
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
 # -- Memory ----------------------------------------------------------------------------------------
 
 def test_a_worker_with_much_to_write_begins_nothing_that_comes_later(tmp_path, monkeypatch):
@@ -171,17 +235,16 @@ def test_a_worker_with_much_to_write_begins_nothing_that_comes_later(tmp_path, m
     assert worker.may(fourth)
 
 
-def test_what_needs_no_memory_is_not_held_up(tmp_path, monkeypatch):
-    """At the end, units wait that are not needed any more, and never get a place."""
+def test_what_others_wait_for_is_not_held_up(tmp_path, monkeypatch):
     monkeypatch.setattr("oneb.data.workers._KEPT_BYTES", 0)
     first, second, third = some_units(tmp_path, 3)
     worker, received = Worker(), SimpleQueue()
     worker.begin(bytes_job(tmp_path))
     worker.do(second)
-    waiting, hashed = _Waiting(received, worker), Hash(0, first.path)
-    for task in (third, hashed, first):
+    waiting = _Waiting(received, worker)
+    for task in (third, first):
         received.put(task)
-    assert [waiting.take(), waiting.take()] == [hashed, first]
+    assert waiting.take() == first
     received.put(Place(second, 0, 0, 1))
     worker.do(waiting.take())
     assert waiting.take() == third
@@ -208,6 +271,30 @@ def test_workers_that_may_keep_nothing_do_not_wait_for_each_other_for_ever(scrip
     output = tmp_path / "x.npy"
     subprocess.run(command(script, inputs, output, 3), env=environment(), check=True, timeout=60, capture_output=True)
     assert np.load(output).tolist() == in_bytes(lines(3000))
+
+
+def test_units_that_are_not_needed_do_not_hold_up_the_end(script, tmp_path):
+    """Full, with units in every worker that get no place and let none of them begin another."""
+    texts = ["enough", *["x" * 10**6] * 9]
+    for number, text in enumerate(texts):
+        write_lines(tmp_path / f"{number}.jsonl", [text])
+    output = tmp_path / "x.npy"
+    slow_to_place = ("import time\nfrom oneb.data.parts import Target\nwrite = Target.write\n"
+                     "Target.write = lambda *arguments: (time.sleep(0.3), write(*arguments))[1]\n")
+    # By that time every worker keeps a unit that is not needed, and has two more to do.
+    script.write_text(slow_to_place + SCRIPT.replace("_KEPT_BYTES = 0", "_KEPT_BYTES = 1000"))
+    todo = command(script, tmp_path / "*.jsonl", output, 2)
+    subprocess.run([*todo, "--tokens", "6"], env=environment(), check=True, timeout=30, capture_output=True)
+    assert np.load(output).tolist() == in_bytes(texts)[:6]
+    (source,) = json.loads((tmp_path / "x.npy.sources.json").read_text())
+    assert source["sha256"] == hashlib.sha256((tmp_path / "0.jsonl").read_bytes()).hexdigest()
+
+
+def test_a_machine_gets_as_many_processes_as_it_has_memory_for(monkeypatch):
+    monkeypatch.setattr("oneb.data.workers._usable_cores", lambda: 8)
+    for available, wanted in ((5 * 2**30 + 1, 5), (2**20, 1), (2**40, 8), (None, 8)):
+        monkeypatch.setattr("oneb.data.workers.available_bytes", lambda available=available: available)
+        assert usable_workers() == wanted
 
 
 # -- Left over -------------------------------------------------------------------------------------
@@ -279,3 +366,12 @@ def test_a_file_that_is_cut_while_it_is_hashed_is_an_error(tmp_path):
     with pytest.raises(OSError, match="ends at byte 1000, before byte 1001"):
         growing.hexdigest()
     growing.stop()
+
+
+def test_whatever_ends_the_hash_of_a_growing_file_is_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr("oneb.data.growing._BLOCK_BYTES", 2**62)  # no memory for that
+    (tmp_path / "big").write_bytes(bytes(1000))
+    growing = GrowingHash(tmp_path / "big", bytes(128))
+    growing.extend(1000, whole=True)
+    with pytest.raises(MemoryError):
+        growing.hexdigest()

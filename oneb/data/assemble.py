@@ -10,15 +10,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from itertools import accumulate
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
 
-from oneb.data.journal import Journal
+from oneb.data.journal import FileState, Journal
 from oneb.data.parts import Counts, Job, Place, Placed
+from oneb.data.reading import cannot_read
 from oneb.data.sources import InputFile
-from oneb.data.units import Unit, plan_units
-from oneb.data.workers import Answer, Hash, InProcess, Pool, Task
+from oneb.data.units import Unit, damage_note, plan_units
+from oneb.data.workers import Answer, InProcess, Pool, Task
 from oneb.errors import OnebError
+from oneb.files import sha256_file
 
 _COMMIT_SECONDS = 1.0  # between commits: what a kill may cost, about
 _WAIT_SECONDS = 0.5
@@ -74,10 +76,8 @@ class Arrivals:
         self.expect(number)
         try:
             return self._futures[number].result(seconds)
-        except NotYet:
-            if self._futures[number].done():
-                raise
-            return None
+        except NotYet:  # unless opening has ended since, or this is what it met
+            return self._futures[number].result() if self._futures[number].done() else None
 
     def stop(self) -> None:
         """End downloads at their next bytes."""
@@ -106,11 +106,6 @@ class Commits:
         self._thread = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
         self._began = time.monotonic()
-        self._used: list[Path] = []  # files that are not needed after the next one
-
-    def use(self, *paths: Path) -> None:
-        """Remove these once what was made of them is safe."""
-        self._used += paths
 
     def offer(self) -> None:
         """A moment at which one may begin."""
@@ -121,13 +116,7 @@ class Commits:
         """Begin one now, as soon as the last is done."""
         self.wait()
         self._began = time.monotonic()
-        self._last = self._thread.submit(self._commit, self._journal.snapshot(), self._used)
-        self._used = []
-
-    def _commit(self, snapshot: dict[str, Any], used: list[Path]) -> None:
-        self._journal.commit(snapshot)
-        for path in used:
-            path.unlink(missing_ok=True)
+        self._last = self._thread.submit(self._journal.commit, self._journal.snapshot())
 
     def wait(self) -> None:
         """Until the last one is done.
@@ -188,7 +177,20 @@ class Work:
     # -- Units -----------------------------------------------------------------------------------
 
     def _units(self) -> Iterator[Unit | None]:
-        """Units from the journal's state on; None where the next file is not here, or not yet known to be needed."""
+        """Units from the journal's state on; None where one cannot be had yet.
+
+        Raises:
+            OnebError, OSError: a file cannot be opened, and what comes before it is appended and not enough.
+        """
+        try:
+            yield from self._readable_units()
+        except (OnebError, OSError) as error:
+            while self.order:
+                yield None
+            raise error
+
+    def _readable_units(self) -> Iterator[Unit | None]:
+        """As ``_units``. None: the next file is not here, or not yet known to be needed."""
         first, skip = self.journal.state.file, self.journal.state.unit
         for number in range(first, len(self.files)):
             while self.files[number].remote and self.order and not self._next_is_needed(number - 1):
@@ -277,15 +279,20 @@ class Work:
     def _append(self) -> None:
         while self.order and self.order[0].placed is not None:
             entry = self.order.popleft()
-            unit, counts, placed = entry.unit, entry.counts, entry.placed
+            unit, counts, placed, place = entry.unit, entry.counts, entry.placed, entry.place
             assert isinstance(counts, Counts)
             assert placed is not None
+            assert place is not None
+            if placed.tokens != place.room:  # encoded twice, its worker having died in between
+                raise OnebError(f"{self.files[unit.file].name} changed while it was read. Leave it as it is and run "
+                                "the same command again: it starts over")
             self.journal.append(counts, placed, unit.file, unit.index, last=unit.last)
             self.appended += 1
             self.appended_tokens += counts.tokens
             self.share = 0.0 if unit.last else self.share + unit.share
-            if unit.path.parent == self.job.folder:
-                self.commits.use(unit.path, unit.path.with_suffix(".damage"))
+            if unit.kind == "lines":
+                for path in (unit.path, damage_note(unit.path)):
+                    path.unlink(missing_ok=True)
             self.commits.offer()
         if self.order and isinstance(self.order[0].counts, OnebError) and not self._is_full():
             raise self.order[0].counts
@@ -293,7 +300,9 @@ class Work:
     def _hash(self) -> None:
         """The SHA-256 of each file that gave something."""
         state = self.journal.state
-        tasks: list[Hash] = []
+        self.pool.close()  # what it still has to do is not needed
+        unknown: list[FileState] = []
+        paths: list[Path] = []
         for number, done in enumerate(state.files):
             file = self.files[number]
             done.sha256 = done.sha256 or file.sha256
@@ -301,15 +310,12 @@ class Work:
             if done.sha256 is None and (whole or file.size <= _HASHED_WHOLE):
                 path = self.arrivals.get(number, None)
                 assert path is not None
-                tasks.append(Hash(number, path))
-        waiting = len(tasks)
-        while waiting:
-            while tasks and self.pool.has_room():
-                self.pool.submit(tasks.pop())
-            for task, digest in self.pool.results(_WAIT_SECONDS):
-                if isinstance(task, Hash):
-                    state.files[task.file].sha256 = digest
-                    waiting -= 1
+                unknown.append(done)
+                paths.append(path)
+        # Threads are enough, hashing lets go of Python's lock; and these do not hold up Ctrl-C.
+        with ThreadPool(self.pool.n_workers) as threads:
+            for done, digest in zip(unknown, threads.imap(_hash, paths), strict=True):
+                done.sha256 = digest
 
     def _report(self) -> None:
         state = self.journal.state
@@ -319,3 +325,10 @@ class Work:
             current = self.share * self.files[state.file].size if state.file < len(self.files) else 0
             fraction = (self.sizes[state.file] + current) / max(1, self.sizes[-1])
         self.progress(Progress(state.tokens, state.text_bytes, fraction, self.arrivals.arriving))
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise cannot_read(path, error) from error

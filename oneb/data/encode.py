@@ -157,19 +157,28 @@ def checked_fast(tokenizer: Gpt2Tokenizer, ranks: Path) -> tuple[FastGpt2 | None
     """
     try:
         fast = FastGpt2(ranks)
+        text = _encoded_otherwise(fast, Gpt2Reference(tokenizer))
     except ImportError:
         return None, ("the gigatoken package is not installed, so tiktoken does its work, many times slower: "
                       "python3 -m pip install gigatoken")
-    except Exception as error:  # fallback: another version of it, perhaps; tiktoken gives the same tokens
-        return None, f"gigatoken could not be loaded ({str(error)[:100]}), so tiktoken does its work, many times slower"
-    reference = Gpt2Reference(tokenizer)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # fallback: another version of it, perhaps. A panic in Rust is no Exception
+        return None, f"gigatoken does not work here ({str(error)[:100]}), so tiktoken does its work, many times slower"
+    if text is not None:
+        return None, (f"gigatoken encodes {text[:40]!r} differently from tiktoken, which therefore does its "
+                      "work, many times slower; please report this")
+    return fast, ""
+
+
+def _encoded_otherwise(fast: Encoder, reference: Encoder) -> str | None:
+    """A text that the two encode differently."""
     for text in trial_texts():
         with contextlib.suppress(UnicodeEncodeError):
             document = text.encode()
             if not np.array_equal(fast.encode(document), reference.encode(document)):
-                return None, (f"gigatoken encodes {text[:40]!r} differently from tiktoken, which therefore does its "
-                              "work, many times slower; please report this")
-    return fast, ""
+                return text
+    return None
 
 
 def make_encoder(encoding: str, ranks: Path | None) -> Encoder:

@@ -21,7 +21,7 @@ class GrowingHash:
         self._path, self._digest = path, hashlib.sha256(header)
         self._ready = len(header)
         self._whole = self._stopped = False
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -54,7 +54,7 @@ class GrowingHash:
     def _run(self) -> None:
         try:
             self._read()
-        except OSError as error:
+        except BaseException as error:  # fallback: raised by ``hexdigest``, in the thread that asks
             self._error = error
 
     def _read(self) -> None:

@@ -7,9 +7,10 @@ import fcntl
 import json
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ class Journal:
         self.folder.mkdir(exist_ok=True)
         self._lock: int | None = _lock(self.folder, output)
         self._files: list[Any] = []
+        self._committing = threading.Lock()
+        self._failed: OSError | None = None  # what a commit met
         self._hash: GrowingHash | None = None
 
     def begin(self, n_tokens: int | None) -> None:
@@ -141,35 +144,45 @@ class Journal:
 
     def append(self, counts: Counts, placed: Placed, file: int, unit: int, *, last: bool) -> None:
         """The tokens of the next unit are in the file. Durable after the next ``commit``."""
-        state = self.state
-        self.source(file).tokens += placed.tokens
-        self.source(file).documents += placed.documents
-        state.tokens += placed.tokens
-        state.documents += placed.documents
-        if placed.tokens:
-            state.ended = placed.ended
-        state.text_bytes += counts.text_bytes
-        state.max_id = max(state.max_id, placed.max_id)
-        state.skipped.add(counts.skipped)
-        state.file, state.unit = (file + 1, 0) if last else (file, unit + 1)
+        old, source = self.state, self.source(file)
+        files = [*old.files, *(FileState() for _ in range(len(old.files), file + 1))]
+        files[file] = replace(source, tokens=source.tokens + placed.tokens,
+                              documents=source.documents + placed.documents)
+        next_file, next_unit = (file + 1, 0) if last else (file, unit + 1)
+        # One store, so that an interrupt finds either all of the unit in the state or nothing of it.
+        self.state = State(
+            file=next_file, unit=next_unit, tokens=old.tokens + placed.tokens,
+            documents=old.documents + placed.documents, text_bytes=old.text_bytes + counts.text_bytes,
+            max_id=max(old.max_id, placed.max_id), ended=placed.ended if placed.tokens else old.ended,
+            skipped=old.skipped + counts.skipped, files=files)
         if self._hash is not None:
             self._hash.extend(self._tokens_bytes())
 
     def source(self, file: int) -> FileState:
         """What file number ``file`` gave so far."""
-        while len(self.state.files) <= file:
-            self.state.files.append(FileState())
-        return self.state.files[file]
+        return self.state.files[file] if file < len(self.state.files) else FileState()
 
     def snapshot(self) -> dict[str, Any]:
         """What is in the files now, for ``commit``."""
         return asdict(self.state)
 
     def commit(self, snapshot: dict[str, Any]) -> None:
-        """Make what there was then survive a kill, and a power cut. Safe in a thread beside ``append``."""
-        for file in self._files:
-            os.fsync(file.fileno())
-        self._write_state(snapshot)
+        """Make what there was then survive a kill, and a power cut. Safe in a thread beside ``append``.
+
+        Raises:
+            OSError: the disk failed, now or at an earlier call. The system reports lost bytes once, so that a call
+                which succeeds after one that failed says nothing.
+        """
+        with self._committing:
+            if self._failed is not None:
+                raise self._failed
+            try:
+                for file in self._files:
+                    os.fsync(file.fileno())
+                self._write_state(snapshot)
+            except OSError as error:
+                self._failed = error
+                raise
 
     def _write_state(self, snapshot: dict[str, Any]) -> None:
         write_json(self.folder / _STATE, snapshot)

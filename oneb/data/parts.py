@@ -204,8 +204,7 @@ class Target:
 
     def __init__(self, folder: Path) -> None:
         self._tokens, self._ends = (os.open(folder / name, os.O_RDWR) for name in (TOKENS, ENDS))
-        for descriptor in (self._tokens, self._ends):
-            weakref.finalize(self, os.close, descriptor)
+        self._closers = [weakref.finalize(self, os.close, descriptor) for descriptor in (self._tokens, self._ends)]
         with contextlib.suppress(OSError):  # a network disk without locks: then nobody can tell
             fcntl.flock(self._tokens, fcntl.LOCK_SH)
 
@@ -222,6 +221,11 @@ class Target:
         _write(self._ends, ends + place.tokens, 8 * place.documents)
         ended = len(ends) > 0 and int(ends[-1]) == len(ids)
         return Placed(len(ids), len(ends), int(ids.max()) if len(ids) else -1, ended)
+
+    def close(self) -> None:
+        """Let others take the files over."""
+        for close in self._closers:
+            close()
 
 
 def _write(descriptor: int, array: np.ndarray, position: int) -> None:

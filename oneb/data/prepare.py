@@ -9,9 +9,9 @@ processes and any history of kills.
 from __future__ import annotations
 
 import contextlib
-import errno
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from oneb.data.sidecar import Sidecar
 from oneb.data.sources import InputFile, Skipped, check_kinds
 from oneb.data.tokenizer import Gpt2Tokenizer, Tokenizer, load_tokenizer
 from oneb.data.units import UNIT_BYTES
-from oneb.data.workers import InProcess, Pool, disk_full
+from oneb.data.workers import InProcess, Pool, disk_trouble
 from oneb.errors import OnebError
 from oneb.units import format_gib
 
@@ -47,7 +47,8 @@ def check_output(output: Path, n_tokens: int | None, itemsize: int = 2, *, force
     """Look at everything about ``output`` that could fail after an hour of tokenizing.
 
     Raises:
-        OnebError: if it is not a .npy path, exists already without ``force``, or the disk is too small.
+        OnebError: if it is not a .npy path, exists already without ``force``, or its folder is not there or not
+            to be written to, or the disk is too small.
     """
     if output.suffix != ".npy":
         raise OnebError(f"--output {output}: wanted a file name ending in .npy")
@@ -59,6 +60,8 @@ def check_output(output: Path, n_tokens: int | None, itemsize: int = 2, *, force
     if not folder.is_dir():
         raise OnebError(f"--output {output}: there is no folder {folder.absolute()}; create it with: "
                         f"mkdir -p {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OnebError(f"--output {output}: this user may not write to {folder.absolute()}; choose another folder")
     done = sum(path.stat().st_size for path in unfinished.glob("*")) if unfinished.is_dir() else 0
     needed, free = itemsize * (n_tokens or 0) - done, shutil.disk_usage(folder).free
     if needed > free:
@@ -88,7 +91,8 @@ def prepare(files: Sequence[InputFile], tokenizer: Tokenizer | str, output: Path
             Hub fails.
     """
     kinds = {file.kind for file in files}
-    with contextlib.closing(Pool(n_workers, kinds) if n_workers > 1 else InProcess()) as workers:
+    with (_disk_trouble_told(parts_folder(output)),
+          contextlib.closing(Pool(n_workers, kinds) if n_workers > 1 else InProcess()) as workers):
         if isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer)
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
@@ -112,14 +116,21 @@ def prepare(files: Sequence[InputFile], tokenizer: Tokenizer | str, output: Path
             job = _begin(workers, files, tokenizer, journal, text_column, say)
             Work(files, job, journal, workers, n_tokens, progress).run()
             return _finish(journal, files, tokenizer, source, revision, n_tokens)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise disk_full(journal.folder) from error
-            raise
         finally:
             workers.close()  # they write no more
             journal.give_up()
             journal.close()
+
+
+@contextlib.contextmanager
+def _disk_trouble_told(folder: Path) -> Iterator[None]:
+    """Where a file or its disk fails inside, say so as of a mistake."""
+    try:
+        yield
+    except BrokenPipeError:  # of those who read what we print
+        raise
+    except OSError as error:
+        raise disk_trouble(error, folder) from error
 
 
 def _begin(workers: InProcess | Pool, files: Sequence[InputFile], tokenizer: Tokenizer, journal: Journal,

@@ -81,11 +81,12 @@ class Skipped:
     damaged: int = 0  # places where a file could not be read on
     examples: list[str] = field(default_factory=list)  # the first damaged places
 
-    def add(self, other: Skipped) -> None:
-        """Count ``other``, too."""
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
-        del self.examples[_EXAMPLES:]
+    def __add__(self, other: Skipped) -> Skipped:
+        """Both."""
+        held, more = asdict(self), asdict(other)
+        both = Skipped(**{name: held[name] + more[name] for name in held})
+        del both.examples[_EXAMPLES:]
+        return both
 
     def damage(self, place: str) -> None:
         """Count a place where reading had to stop."""

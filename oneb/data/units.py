@@ -34,7 +34,8 @@ class Unit:
         file: number of the file in the input.
         index: number of the unit in its file.
         path: the file; of a packed one, its lines spooled to disk.
-        kind: "parquet" (``start`` and ``stop`` are rows), "jsonl" and "txt" (bytes), "tokens" (tokens).
+        kind: "parquet" (``start`` and ``stop`` are rows), "jsonl", "lines" (of a packed file) and "txt" (bytes),
+            "tokens" (tokens).
         share: of the file; the units' shares sum to 1.
         last: the file's last unit.
     """
@@ -56,7 +57,7 @@ def plan_units(file: int, path: Path, kind: str, *, text_column: str, splits: bo
     Args:
         splits: a text may be cut at every ``SAFE_CUT``.
         spool: where the lines of a packed file's unit of that index go.
-        skip: units that are done: a packed file's are not spooled, the others are left to the caller.
+        skip: units that are done: a packed file's are not spooled.
     """
     if kind == "packed":
         yield from _packed_units(file, path, spool, skip)
@@ -130,11 +131,15 @@ def _packed_units(file: int, path: Path, spool: Callable[[int], Path], skip: int
                         break
             except EOFError as error:
                 damage = str(error)
-        if index >= skip:
-            if ended and damage:
-                target.with_suffix(".damage").write_text(damage)
-            yield Unit(file, index, target, "jsonl", 0, held, (1.0 if ended else done) - share, ended)
+        if index >= skip and ended and damage:
+            damage_note(target).write_text(damage)
+        yield Unit(file, index, target, "lines", 0, held, (1.0 if ended else done) - share, ended)
         index += 1
+
+
+def damage_note(lines: Path) -> Path:
+    """Beside the spooled lines of a packed file's last unit: why there are no more."""
+    return lines.with_suffix(".damage")
 
 
 def _unpacked(path: Path) -> Iterator[tuple[bytes, float]]:
@@ -163,7 +168,7 @@ def documents(unit: Unit, text_column: str, skipped: Skipped) -> Iterator[tuple[
     Raises:
         OnebError: a parquet file without the text column, or a disk that fails.
     """
-    readers = {"parquet": _parquet_documents, "jsonl": _json_documents, "txt": _text_piece}
+    readers = {"parquet": _parquet_documents, "jsonl": _json_documents, "lines": _json_documents, "txt": _text_piece}
     try:
         yield from readers[unit.kind](unit, text_column, skipped)
     except OSError as error:
@@ -256,8 +261,8 @@ def _json_documents(unit: Unit, text_column: str, skipped: Skipped) -> Iterator[
             if text:
                 del line
                 yield text, True
-    note = unit.path.with_suffix(".damage")
-    if note.exists():
+    note = damage_note(unit.path)
+    if unit.kind == "lines" and note.exists():
         skipped.damage(note.read_text())
 
 

@@ -12,6 +12,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,7 +22,7 @@ from oneb.data.encode import Encoder, make_encoder
 from oneb.data.parts import Counts, Job, Part, Place, Placed, Target, encode_unit
 from oneb.data.units import Unit, load_readers
 from oneb.errors import OnebError
-from oneb.files import sha256_file
+from oneb.host_memory import available_bytes
 
 _WAITING = 2  # units a worker has to encode: one that it does, one behind it
 _KEPT_BYTES = 64 * 2**20  # of tokens that wait for their place: a worker that has more begins no later unit
@@ -29,18 +30,10 @@ _WORKER_BYTES = 2**30  # the most that one may take; most take a third
 _TRIES = 2  # of a task whose worker was killed
 
 
-@dataclass(frozen=True)
-class Hash:
-    """A task: the SHA-256 of a whole file of the input."""
-
-    file: int
-    path: Path
-
-
 # A unit is encoded and kept (the answer: its counts), then written to its place (the answer: what was written). One
 # that cannot be read is answered by the error: that counts only once its turn has come, for perhaps it is not needed.
-Task = Unit | Place | Hash
-Answer = Counts | Placed | str | OnebError
+Task = Unit | Place
+Answer = Counts | Placed | OnebError
 Result = tuple[Task, Answer]
 
 
@@ -72,21 +65,20 @@ class Worker:
         """What a :data:`Result` holds.
 
         Raises:
-            OnebError: as ``encode_unit``; or the disk is full.
+            OnebError: as ``encode_unit``; or the disk is full, or fails.
         """
-        if isinstance(task, Hash):
-            return sha256_file(task.path)
         job = self._job
         assert job is not None
-        # Open, and so locked, before anybody can be told to write.
-        self._target = self._target or Target(job.folder)
-        if isinstance(task, Place):
-            try:
+        try:
+            # Open, and so locked, before anybody can be told to write.
+            self._target = self._target or Target(job.folder)
+            if isinstance(task, Place):
                 return self._target.write(self._kept.pop(task.unit), task)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise disk_full(job.folder) from error
-                raise
+            return self._encode(task, job)
+        except OSError as error:
+            raise disk_trouble(error, job.folder) from error
+
+    def _encode(self, task: Unit, job: Job) -> Counts:
         if self._encoder is None and task.kind != "tokens":
             self._encoder = make_encoder(job.encoding, job.ranks)
         part = self._kept[task] = encode_unit(task, job, self._encoder)
@@ -94,19 +86,20 @@ class Worker:
 
     def may(self, task: Task) -> bool:
         """Whether to begin it now: memory for what waits is bounded, and what all others wait for must go on."""
-        if not isinstance(task, Unit) or sum(part.ids.nbytes for part in self._kept.values()) <= _KEPT_BYTES:
+        if isinstance(task, Place) or sum(part.ids.nbytes for part in self._kept.values()) <= _KEPT_BYTES:
             return True
         return _before(task) < min(map(_before, self._kept))
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._target is not None:
+            self._target.close()
 
 
 def usable_workers() -> int:
     """Processes that this machine has cores and memory for."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return _usable_cores()
-    return max(1, min(_usable_cores(), available // _WORKER_BYTES))
+    available = available_bytes()
+    return _usable_cores() if available is None else max(1, min(_usable_cores(), available // _WORKER_BYTES))
 
 
 def _usable_cores() -> int:
@@ -119,9 +112,12 @@ def _usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, -(-int(quota) // int(period))))
 
 
-def disk_full(folder: Path) -> OnebError:
-    """The error for a disk that filled up on the way."""
-    return OnebError(f"the disk of {folder} is full. Make room and run the same command again: it continues")
+def disk_trouble(error: OSError, folder: Path) -> OnebError:
+    """What to say of a file that failed on the way, or of ``folder`` where the system does not name the file."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OnebError(f"the disk of {folder} is full. Make room and run the same command again: it continues")
+    return OnebError(f"{error.filename or folder}: {error.strerror or error}. Put that right and run the same command "
+                     "again: it continues")
 
 
 class InProcess:
@@ -153,6 +149,7 @@ class InProcess:
 
     def close(self) -> None:
         """End at once; what is under way is dropped."""
+        self._worker.close()
 
 
 @dataclass
@@ -161,7 +158,7 @@ class _Hand:
 
     process: BaseProcess
     pipe: Connection
-    tasks: deque[Unit | Hash] = field(default_factory=deque)  # to do
+    tasks: deque[Unit] = field(default_factory=deque)  # to do
     kept: dict[Unit, Place | None] = field(default_factory=dict)  # encoded; where it was told to write them
 
     def begin(self, job: Job) -> None:
@@ -188,8 +185,11 @@ class Pool:
         self.n_workers, self._kinds = n_workers, frozenset(kinds)
         self._job: Job | None = None
         self._hands: list[_Hand] = []
+        # A fork is there at once, with all that is loaded. But it copies locks as threads hold them (downloads, other
+        # packages' own), and nobody would let go of them: where there are threads, a process begins anew.
+        fork = _n_threads() == 1
         for _ in range(n_workers):
-            self._hands.append(_start(self._hands, self._kinds))
+            self._hands.append(_start(self._hands, self._kinds, fork=fork))
         self._deaths: dict[Task | None, int] = {}
         self._again: dict[Unit, Place] = {}  # being encoded a second time; their places are known
 
@@ -224,8 +224,8 @@ class Pool:
                 continue
             if kind == "bug":
                 raise RuntimeError(f"a worker process failed:\n{answer}")
-            if kind == "mistake" and not isinstance(task, Unit):
-                raise OnebError(answer)
+            if kind == "mistake" and (isinstance(task, Place) or task in self._again):
+                raise OnebError(answer)  # of what is needed for certain
             if self._is_news(hand, task):
                 found.append((task, OnebError(answer) if kind == "mistake" else answer))
         return found
@@ -236,11 +236,10 @@ class Pool:
             del hand.kept[task.unit]
             return True
         hand.tasks.remove(task)
-        if isinstance(task, Unit):
-            hand.kept[task] = None
-            if task in self._again:
-                hand.send(self._again.pop(task))
-                return False
+        hand.kept[task] = None
+        if task in self._again:
+            hand.send(self._again.pop(task))
+            return False
         return True
 
     def _replace(self, dead: _Hand) -> None:
@@ -257,14 +256,13 @@ class Pool:
         place = self._hands.index(dead)
         del self._hands[place]
         dead.pipe.close()
-        hand = _start(self._hands, self._kinds)
+        # Not a fork: that would hold the journal's lock, even should it outlive this process.
+        hand = _start(self._hands, self._kinds, fork=False)
         self._hands.insert(place, hand)
         if self._job is not None:
             hand.begin(self._job)
         self._again |= {unit: place for unit, place in dead.kept.items() if place is not None}
-        hashes = [task for task in dead.tasks if isinstance(task, Hash)]
-        units = [task for task in (*dead.kept, *dead.tasks) if isinstance(task, Unit)]
-        for lost in (*sorted(units, key=_before), *hashes):
+        for lost in sorted((*dead.kept, *dead.tasks), key=_before):
             hand.send(lost)
 
     def close(self) -> None:
@@ -275,16 +273,15 @@ class Pool:
             hand.pipe.close()
 
 
-def _start(others: list[_Hand], kinds: frozenset[str]) -> _Hand:
-    """A new process beside these, which will read files of such kinds."""
-    # A fork is there at once, with all that is loaded. But it copies locks as threads hold them (downloads, other
-    # packages' own), and nobody would let go of them: where there are threads, a process begins anew.
-    fork = _n_threads() == 1
+def _start(others: list[_Hand], kinds: frozenset[str], *, fork: bool) -> _Hand:
+    """A new process beside these, which will read files of such kinds; a fork, or begun anew."""
     context = multiprocessing.get_context("fork" if fork else "spawn")
     ours, theirs = context.Pipe()
     inherited = [ours, *(hand.pipe for hand in others)] if fork else []
     process = context.Process(target=_work, args=(theirs, inherited, kinds), daemon=True)
-    # Ctrl-C reaches the whole group, and the parent decides: the child inherits that it does not listen.
+    # Ctrl-C reaches the whole group, and the parent decides: the child does not listen, not even while it begins.
+    if not fork:
+        resource_tracker.ensure_running()  # else ``start`` does it, and lets SIGINT in
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
@@ -304,6 +301,7 @@ def _n_threads() -> int | None:
 
 def _work(pipe: Connection, inherited: list[Connection], kinds: frozenset[str]) -> None:
     """A worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for end in inherited:
         end.close()  # so that reading ends when the parent does
     received: SimpleQueue[Task | Job] = SimpleQueue()
@@ -330,7 +328,7 @@ def _receive(pipe: Connection, received: SimpleQueue[Task | Job]) -> None:
     try:
         while True:
             received.put(pipe.recv())
-    except (EOFError, OSError):
+    finally:  # whatever it was: a process that hears nothing would be waited for
         os._exit(1)
 
 
