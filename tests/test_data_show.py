@@ -117,3 +117,52 @@ def test_verify_finds_what_is_wrong(made, capsys, damage):
 def test_verify_without_an_index_is_fine(made):
     shutil.move(f"{made}.idx.npy", f"{made}.elsewhere")
     assert prepare(["--verify", str(made)]) == 0
+
+
+def rewrite(made: Path, **changes: str | None) -> None:
+    """Change lines of the sidecar; None removes one."""
+    meta = Path(f"{made}.meta")
+    facts = dict(line.split(": ", 1) for line in meta.read_text().splitlines()) | changes
+    meta.write_text("".join(f"{name}: {value}\n" for name, value in facts.items() if value is not None))
+
+
+def test_what_does_not_belong_together_is_shown_with_a_warning(made, capsys):
+    rewrite(made, tokens="1000")
+    assert oneb(["data", "show", str(made)]) == 0
+    assert "x.npy.meta says 1000 tokens: it is of another file" in capsys.readouterr().out
+    rewrite(made, tokens="1990", tokenizer_sha256="0" * 64)
+    assert oneb(["data", "show", str(made)]) == 0
+    printed = capsys.readouterr().out
+    assert "bytes is not the tokenizer that made this file" in printed
+    assert "--- tokens" not in printed
+    rewrite(made, encoding="own.json", tokenizer_sha256=None)
+    assert oneb(["data", "show", str(made)]) == 0
+    printed = capsys.readouterr().out
+    assert "give its tokenizer.json with --tokenizer" in printed
+    assert "documents: " in printed
+
+
+def test_ids_beyond_a_tokenizer_are_not_decoded(tmp_path, capsys):
+    np.save(tmp_path / "y.npy", np.array([1, 300, 2], np.uint16))
+    assert oneb(["data", "show", str(tmp_path / "y.npy"), "--tokenizer", "bytes"]) == 0
+    assert "bytes is not the tokenizer that made this file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--samples", "-1"], ["--length", "0"]])
+def test_samples_that_cannot_be(made, capsys, words):
+    assert oneb(["data", "show", str(made), *words]) == 2
+    assert "wanted at least 0 and 1" in capsys.readouterr().err
+
+
+def test_verify_says_what_it_could_not_compare(made, capsys):
+    rewrite(made, sha256=None)
+    assert prepare(["--verify", str(made)]) == 0
+    assert "does not say sha256, so that was not compared" in capsys.readouterr().err
+    rewrite(made, encoding="own.json")
+    assert prepare(["--verify", str(made)]) == 0
+    assert "no samples: give its tokenizer.json" in capsys.readouterr().out
+    Path(f"{made}.meta").write_text("")
+    assert prepare(["--verify", str(made)]) == 2
+    assert "says nothing that could be compared" in capsys.readouterr().err
+    assert prepare(["--verify", str(made.with_name("nothere.npy"))]) == 2
+    assert "there is no such file" in capsys.readouterr().err

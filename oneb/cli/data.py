@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from oneb.cli.guard import reports_mistakes
 from oneb.cli.options import OptionParser
+from oneb.errors import OnebError
 from oneb.units import format_count
 
 if TYPE_CHECKING:
+    from oneb.data.sidecar import Sidecar
     from oneb.data.tokenizer import Tokenizer
     from oneb.data.verify import Statistics
 
@@ -42,25 +44,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     from oneb.data.verify import statistics
 
     arguments = build_parser().parse_args(argv)
+    if arguments.samples < 0 or arguments.length < 1:
+        raise OnebError(f"--samples {arguments.samples} --length {arguments.length}: wanted at least 0 and 1")
     sidecar = read_sidecar(arguments.path)
-    encoding = arguments.tokenizer or (sidecar.encoding if sidecar else None)
-    tokenizer = None
-    if encoding:
-        tokenizer = load_tokenizer(encoding) if arguments.tokenizer else known_tokenizer(encoding)
-    eot = tokenizer.eot if tokenizer else sidecar.eot if sidecar else None
+    encoding = sidecar.encoding if sidecar else None
+    tokenizer, trouble = None, []
+    if arguments.tokenizer:
+        tokenizer = load_tokenizer(arguments.tokenizer)
+    elif encoding:
+        try:
+            tokenizer = known_tokenizer(encoding)
+        except OnebError as error:  # ids and documents can be counted all the same
+            trouble.append(str(error))
+    eot = sidecar.eot if sidecar and sidecar.eot is not None else tokenizer.eot if tokenizer else None
     found = statistics(arguments.path, eot)
     print(f"{arguments.path}: {found.tokens} tokens ({format_count(found.tokens)})")
+    if sidecar is not None and sidecar.tokens not in (None, found.tokens):
+        trouble.append(f"{arguments.path}.meta says {sidecar.tokens} tokens: it is of another file, and training "
+                       "refuses the two")
+    if tokenizer is not None and not _fits(tokenizer, sidecar, len(found.counts)):
+        trouble.append(f"{tokenizer.name} is not the tokenizer that made this file, so nothing is decoded")
+        tokenizer = None
     if sidecar is not None:
         facts = {"encoding": sidecar.encoding, "from": sidecar.source, "revision": sidecar.revision}
         print("  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
     else:
         print("  no .meta beside it" + ("" if tokenizer else ": name its --tokenizer to see documents and text"))
+    for sentence in trouble:
+        print(f"  warning: {sentence}")
     _print_ids(found, tokenizer)
     if eot is not None:
         _print_documents(found)
     if tokenizer is not None:
         _print_samples(arguments, tokenizer)
     return 0
+
+
+def _fits(tokenizer: Tokenizer, sidecar: Sidecar | None, n_ids: int) -> bool:
+    """Whether ids below ``n_ids``, of a file with this sidecar, can be the tokenizer's."""
+    other = sidecar is not None and sidecar.tokenizer_sha256 not in (None, tokenizer.sha256)
+    return n_ids <= tokenizer.vocab_size and not other
 
 
 def _print_ids(found: Statistics, tokenizer: Tokenizer | None) -> None:

@@ -151,16 +151,25 @@ def _report(done: Prepared, seconds: float) -> None:
 def _verify(path: Path, tokenizer: str) -> None:
     from oneb.data.sidecar import read_sidecar
     from oneb.data.tokenizer import known_tokenizer, load_tokenizer
-    from oneb.data.verify import samples, verify
+    from oneb.data.verify import samples, unsaid, verify
 
     found = verify(path)
     print(f"{path}: {found.tokens} tokens of {len(found.lengths)} documents are what {path}.meta says")
     sidecar = read_sidecar(path)
-    if sidecar is not None and sidecar.encoding is not None:
-        # The option has a default, which says nothing about this file.
-        named = tokenizer if tokenizer.endswith(".json") else None
-        for place, text in samples(path, load_tokenizer(named) if named else known_tokenizer(sidecar.encoding), 3, 64):
-            print(f"  from token {place}: {text!r}")
+    assert sidecar is not None
+    if missing := unsaid(sidecar):
+        print(f"warning: it does not say {', '.join(missing)}, so that was not compared", file=sys.stderr)
+    # The option has a default, which says nothing about this file.
+    named = tokenizer if tokenizer.endswith(".json") else None
+    try:
+        known = load_tokenizer(named) if named else known_tokenizer(sidecar.encoding) if sidecar.encoding else None
+    except OnebError:  # the file is right all the same
+        known = None
+    if known is None:
+        print("  no samples: give its tokenizer.json by --tokenizer to see some")
+        return
+    for place, text in samples(path, known, 3, 64):
+        print(f"  from token {place}: {text!r}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import numpy as np
 
 from oneb.data.formats import open_file
 from oneb.data.journal import index_path
-from oneb.data.sidecar import read_sidecar
+from oneb.data.sidecar import Sidecar, read_sidecar
 from oneb.data.tokenizer import Tokenizer
 from oneb.errors import OnebError
 from oneb.files import sha256_file
 
+_COMPARED = ("sha256", "tokens", "documents", "max_id")
 _CHUNK_TOKENS = 4 * 2**20
 _MAX_VOCABULARY = 2**20  # ids that are counted one by one
 
@@ -77,14 +78,19 @@ def _zeros(ids: np.ndarray, run: int, longest: int) -> tuple[int, int]:
 
 
 def verify(path: Path, progress: Callable[[float], None] = lambda fraction: None) -> Statistics:
-    """Read a prepared file again and compare it with what is said of it.
+    """Read a prepared file again and compare it with what is said of it, but for what :func:`unsaid` names.
 
     Raises:
         OnebError: naming the first thing that is not so.
     """
+    if not path.is_file():
+        raise OnebError(f"{path}: there is no such file; wanted a token file that has its .meta beside it")
     sidecar = read_sidecar(path)
     if sidecar is None:
         raise OnebError(f"{path} has no sidecar {path}.meta, so there is nothing to compare it with")
+    if len(unsaid(sidecar)) == len(_COMPARED):
+        raise OnebError(f"{path}.meta says nothing that could be compared with {path} (wanted {', '.join(_COMPARED)}): "
+                        "copy the one that belongs to it")
     if sidecar.sha256 is not None and sha256_file(path) != sidecar.sha256:
         raise OnebError(f"{path} does not have the SHA-256 that {path}.meta gives ({sidecar.sha256}): it was damaged "
                         "or changed. Copy it again, or make it again with --force")
@@ -99,6 +105,11 @@ def verify(path: Path, progress: Callable[[float], None] = lambda fraction: None
     if index.exists():
         _check_index(path, np.load(index, mmap_mode="r"), found)
     return found
+
+
+def unsaid(sidecar: Sidecar) -> list[str]:
+    """What a sidecar, perhaps an old one, does not say of its file, so that it cannot be compared."""
+    return [name for name in _COMPARED if getattr(sidecar, name) is None]
 
 
 def _check_index(path: Path, index: np.ndarray, found: Statistics) -> None:
