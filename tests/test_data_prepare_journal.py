@@ -139,3 +139,21 @@ def test_an_interrupt_finds_all_of_a_unit_in_the_state_or_nothing(tmp_path):
     assert seen[0] == once
     assert seen[-1] == twice
     assert all(state in (once, twice) for state in seen)
+
+
+def test_an_output_that_another_process_finished_meanwhile_is_not_replaced(inputs, tmp_path, monkeypatch):
+    def late(output: Path, *arguments: Any) -> Journal:
+        output.write_bytes(b"of another process")
+        return Journal(output, *arguments)
+
+    monkeypatch.setattr("oneb.data.prepare.Journal", late)
+    with pytest.raises(OnebError, match="exists already"):
+        run(inputs, tmp_path)
+    assert (tmp_path / "x.npy").read_bytes() == b"of another process"
+    assert not (tmp_path / "x.npy.parts").exists()
+
+
+def test_a_folder_is_no_output(inputs, tmp_path):
+    (tmp_path / "x.npy").mkdir()
+    with pytest.raises(OnebError, match=r"x\.npy is a folder; wanted a file"):
+        prepare(local_inputs([str(inputs)]), BytesTokenizer(), tmp_path / "x.npy", source="test", force=True)

@@ -245,6 +245,8 @@ class Journal:
     def give_up(self) -> None:
         """Keep what is done for next time; where that is nothing, leave nothing behind."""
         if not self._files:
+            if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= {_LOCK}:
+                self._remove()
             return
         if not self.state.tokens:
             self._remove()

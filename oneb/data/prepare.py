@@ -52,6 +52,8 @@ def check_output(output: Path, n_tokens: int | None, itemsize: int = 2, *, force
     """
     if output.suffix != ".npy":
         raise OnebError(f"--output {output}: wanted a file name ending in .npy")
+    if output.is_dir():
+        raise OnebError(f"--output {output} is a folder; wanted a file, such as {output / 'tokens.npy'}")
     unfinished = parts_folder(output)
     if output.exists() and not force and not (unfinished / "final.json").exists():
         raise OnebError(f"--output {output} exists already. Use it as it is, choose another name, "
@@ -112,6 +114,7 @@ def prepare(files: Sequence[InputFile], tokenizer: Tokenizer | str, output: Path
                 journal.close()
                 check_output(output, n_tokens, dtype.itemsize, force=force)
                 journal = Journal(output, dtype, key, say)
+            check_output(output, n_tokens, dtype.itemsize, force=force)  # another process may have been faster
             journal.begin(n_tokens)
             job = _begin(workers, files, tokenizer, journal, text_column, say)
             Work(files, job, journal, workers, n_tokens, progress).run()
