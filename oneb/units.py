@@ -74,3 +74,15 @@ def format_duration(seconds: float) -> str:
 def format_dollars(dollars: float) -> str:
     """3.716 -> "$3.72", 1234.5 -> "$1,234"."""
     return f"${dollars:.2f}" if dollars < 100 else f"${dollars:,.0f}"
+
+
+def format_transfer(done: int, size: int, first: int, seconds: float) -> str:
+    """How far a transfer of ``size`` bytes is that began at byte ``first`` so many seconds ago.
+
+    ``"34% of 190.7 MiB, 25.0 MB/s, 5s left"``
+    """
+    text = f"{done / max(1, size):.0%} of {format_gib(size)}"
+    if done > first and seconds > 0:
+        rate = (done - first) / seconds
+        text += f", {rate / 1e6:.1f} MB/s, {format_duration((size - done) / rate)} left"
+    return text

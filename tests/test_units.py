@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oneb.errors import OnebError
-from oneb.units import format_count, format_duration, format_gib, parse_count
+from oneb.units import format_count, format_duration, format_gib, format_transfer, parse_count
 
 SCALE = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 
@@ -74,3 +74,11 @@ def test_format_duration_is_within_its_smallest_unit(seconds):
                                                (367_200, "4d 06h")])
 def test_format_duration_examples(seconds, text):
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(("done", "first", "seconds", "expected"), [
+    (0, 0, 0.0, "0% of 190.7 MiB"), (100_000_000, 0, 4.0, "50% of 190.7 MiB, 25.0 MB/s, 4s left"),
+    (150_000_000, 100_000_000, 2.0, "75% of 190.7 MiB, 25.0 MB/s, 2s left"),
+])
+def test_format_transfer(done, first, seconds, expected):
+    assert format_transfer(done, 200_000_000, first, seconds) == expected

@@ -21,6 +21,7 @@ from oneb.data.units import Unit, damage_note, plan_units
 from oneb.data.workers import Answer, InProcess, Pool, Task
 from oneb.errors import OnebError
 from oneb.files import sha256_file
+from oneb.units import format_transfer
 
 _COMMIT_SECONDS = 1.0  # between commits: what a kill may cost, about
 _WAIT_SECONDS = 0.5
@@ -59,10 +60,16 @@ class Arrivals:
             threading.Thread(target=self._open, args=(self._files[number], future), daemon=True).start()
 
     def _open(self, file: InputFile, future: Future[Path]) -> None:
+        began: tuple[int, float] | None = None
+
         def progress(n_bytes: int, size: int) -> None:
+            nonlocal began
             if self._stopped:
                 raise _Stopped
-            self.arriving = f"{Path(file.name).name} {n_bytes / max(1, size):.0%}" if n_bytes < size else ""
+            now = time.monotonic()
+            began = began or (n_bytes, now)
+            far = format_transfer(n_bytes, size, began[0], now - began[1])
+            self.arriving = f"{Path(file.name).name}, {far}" if n_bytes < size else ""
 
         try:
             future.set_result(file.open(progress))

@@ -24,7 +24,7 @@ from oneb.data.sidecar import Sidecar, write_sidecar
 from oneb.data.sources import HubDataset
 from oneb.errors import OnebError
 from oneb.files import atomic_writer, fsync_directory, sha256_file
-from oneb.units import format_duration, format_gib
+from oneb.units import format_duration, format_transfer
 
 EOT, VOCAB_SIZE = 50256, 50257  # of GPT-2, whose ids the shards hold
 _ITEM_BYTES = 2  # a token
@@ -126,13 +126,9 @@ class Download:
         if hindrance or arriving is None:
             return f"{name}, {hindrance or ('the download begins' if self._alone else 'another process downloads')}"
         current, first, since, now = arriving
-        size, seconds = self.pieces[current].shard.size, time.monotonic() - since
         which = "" if current == wanted else f"{self.pieces[current].name} comes before it, "
-        text = f"{name}, {which}{now / size:.0%} of {format_gib(size)}"
-        if now > first and seconds > 0:
-            rate = (now - first) / seconds
-            text += f", {rate / 1e6:.1f} MB/s, {format_duration((size - now) / rate)} left"
-        return text
+        far = format_transfer(now, self.pieces[current].shard.size, first, time.monotonic() - since)
+        return f"{name}, {which}{far}"
 
     def _raise_failure(self, attempts: int) -> None:
         """Raise what failed, unless it may have been tried for long before somebody waited, since attempt so and so."""
