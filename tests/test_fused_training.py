@@ -159,8 +159,8 @@ def test_an_infinity_that_fp8_clamps_is_no_update(tmp_path, monkeypatch):
     # Of the attention's output, behind which nothing but the cast meets it: every gradient stays finite.
     step, attend, kept = Trainer.train_step, Attention.attend, {}
 
-    def infinite(self, q, k, v):
-        y = attend(self, q, k, v)
+    def infinite(self, q, k, v, documents):
+        y = attend(self, q, k, v, documents)
         return y.index_fill(2, torch.tensor([5]), float("inf"))
 
     def poisoned(self, batch):
