@@ -25,6 +25,7 @@ from oneb.planner import disk_use, settled
 from oneb.presets import resolve
 from oneb.show import recorder
 from oneb.train.run import train
+from oneb.train.writer import CheckpointWriter
 
 NAME = "oneb_decoupled_seed1337"
 SAVING = {"size": "nano", "path": "demo", "resume": True}
@@ -344,8 +345,15 @@ def test_the_newest_step_files_are_kept(tmp_path, keep, left):
     {"save_every": 5, "keep_last": 1},
 ])
 def test_no_moment_of_a_run_takes_more_files_than_planned(tmp_path, monkeypatch, given):
-    """With last.pt saved after every step. Two names of one file are one."""
+    """With last.pt saved after every step, each on the disk before the next. Two names of one file are one."""
     given = {**given, "save_minutes": 1e-9, "eval_every": 0, "optimizer": "lion"}
+    submit = CheckpointWriter.submit
+
+    def written(self, *arguments):
+        submit(self, *arguments)
+        self.wait()
+
+    monkeypatch.setattr(CheckpointWriter, "submit", written)
     most, replace = 0, os.replace
 
     def counting(*names):
