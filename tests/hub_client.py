@@ -98,6 +98,7 @@ class World:
     def outcomes(self, process: subprocess.Popen) -> list[Outcome]:
         out, err = process.communicate(timeout=100)
         assert process.returncode == 0, err
+        assert not err  # the client's own words come through ``say``
         return [Outcome(**answer) for answer in json.loads(out.splitlines()[-1])]
 
     def kill_at(self, n_bytes: int) -> None:

@@ -38,6 +38,7 @@ from named_helpers import (
     shard_name,
 )
 
+from oneb.cli.data_size import count_tokens
 from oneb.data.formats import open_file
 from oneb.data.order import BatchOrder
 from oneb.data.verify import verify
@@ -63,8 +64,11 @@ def test_the_files_are_the_shards_tokens(machine):
     fetched = [request.path.rpartition("/")[2].partition("?")[0] for request in machine.hub.asked("cdn")]
     assert fetched == [shard_name(number) for number in range(4)]  # in order, and no more than needed
     # Everything is there now: no network is needed, and no cache.
-    again, _ = finish(machine.read(HF_HUB_OFFLINE="1", HF_HOME=str(machine.folder / "nothing"), HF_ENDPOINT="http://x"))
-    assert again == out
+    alone = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(machine.folder / "nothing"), "HF_ENDPOINT": "http://x"}
+    for given in (NAME, str(machine.files)):  # its folder is the same data, val.bin for validation
+        again, _ = finish(machine.read(given, **alone))
+        assert again == out
+        assert count_tokens(given, "npy") == 6000
 
 
 @pytest.mark.parametrize("seeds", [1, pytest.param(10, marks=pytest.mark.slow)])

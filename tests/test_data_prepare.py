@@ -111,6 +111,18 @@ def test_every_kind_of_input(inputs, tmp_path, capsys):
     assert "19 tokens (19) of 8 documents" in printed
 
 
+def test_what_a_folder_holds_besides_is_said_and_what_is_hidden_is_left(inputs, tmp_path, capsys):
+    (inputs / ".cache").mkdir()
+    for name in (".cache/a.txt", ".b.txt", "._c.txt"):
+        (inputs / name).write_text("hidden")
+    (inputs / "sub" / "d.csv").write_text("e,f")
+    assert run(tmp_path / "x.npy", "--input", inputs, "--tokenizer", "bytes") == 0
+    assert contents(tmp_path / "x.npy") == in_bytes(*TEXTS)
+    said = capsys.readouterr().err
+    assert f"warning: 2 files in {inputs} not read, since" in said
+    assert "notes.md, sub/d.csv\n" in said
+
+
 def test_files_and_globs_keep_their_order(inputs, tmp_path):
     output = tmp_path / "x.npy"
     assert run(output, "--input", inputs / "sub", inputs / "*.txt", inputs / "3.jsonl.gz",
@@ -294,8 +306,14 @@ def test_mistakes_are_explained(inputs, tmp_path, capsys, gpt2_cache):
     assert "holds GPT-2 tokens, --tokenizer is bytes" in fails(capsys, output, "--input", shard, "--tokenizer", "bytes")
     assert "wanted either --output X.npy, to make it, or --verify" in command_fails(capsys)
     assert "--workers 0: wanted at least 1" in fails(capsys, output, "--workers", "0", "--tokens", "1M")
-    assert "the input holds no text" in fails(capsys, output, "--input", inputs / "2.jsonl",
-                                              "--text-column", "none")
+    assert "holds no text in 'none' (documents left out: " in fails(capsys, output, "--input", inputs / "2.jsonl",
+                                                                   "--text-column", "none")
+    for hub in (["--source", "fineweb"], ["--source-files", "*"], ["--retokenize"]):
+        assert f"this machine, {hub[0]} those of the" in fails(capsys, output, "--input", inputs, *hub)
+    assert "needs --source owner/name; fineweb has" in fails(capsys, output, "--source", "fineweb", "--source-files",
+                                                             "*", "--tokens", "1M")
+    assert "--verify only reads a.npy; --tokens, --force: for" in command_fails(
+        capsys, "--verify", "a.npy", "--tokens", "1M", "--force")
     assert not output.exists()
 
 

@@ -83,11 +83,11 @@ def test_a_parquet_file_that_cannot_be_opened(tmp_path, capsys, damage):
     assert main([*arguments, str(tmp_path / "a.parquet"), str(tmp_path / "b.txt")]) == 0
     assert np.load(output).tolist() == in_bytes("b")
     error = capsys.readouterr().err
-    assert "damaged in 1 places" in error
+    assert "damaged in 1 place, and" in error
     assert str(tmp_path / "a.parquet") in error
     output.unlink()
     assert main([*arguments, str(tmp_path / "a.parquet")]) == 2
-    assert "the input holds no text" in capsys.readouterr().err
+    assert f"no text that can be read; copy it again: {tmp_path / 'a.parquet'}" in capsys.readouterr().err
     assert not output.exists()
 
 

@@ -105,6 +105,23 @@ def test_an_input_that_is_deleted_before_it_is_hashed(tmp_path, workers):
 
 
 @pytest.mark.parametrize("workers", WORKERS)
+def test_an_input_that_changes_before_it_is_hashed(tmp_path, workers):
+    """Its hash would not be of what was encoded."""
+    path, output = tmp_path / "a.txt", tmp_path / "x.npy"
+    path.write_text("abc")
+
+    def change(progress: Progress) -> None:
+        if progress.tokens:
+            path.write_text("abcd")
+
+    with pytest.raises(OnebError, match="a.txt changed while it was read.* it starts over"):
+        prepare(local_inputs([str(path)]), BytesTokenizer(), output, source="test", n_workers=workers, progress=change)
+    assert not output.exists()
+    prepare(local_inputs([str(path)]), BytesTokenizer(), output, source="test", n_workers=workers)
+    assert np.load(output).tolist() == in_bytes("abcd")
+
+
+@pytest.mark.parametrize("workers", WORKERS)
 def test_a_disk_that_fails_while_it_is_written_is_named(tmp_path, monkeypatch, workers):
     def fail(*arguments) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -172,6 +172,14 @@ def test_cut_short(tmp_path):
     assert "not a .npy file" in message(path)
 
 
+def test_two_arrays_in_one_file(tmp_path):
+    path = tmp_path / "x.npy"
+    with open(path, "wb") as file:
+        np.save(file, np.asarray(IDS, np.uint16))
+        np.save(file, np.asarray(IDS, np.uint16))
+    assert "promises 5000 tokens, and 10128 bytes follow on them" in message(path)
+
+
 def test_not_npy_at_all(tmp_path):
     path = tmp_path / "x.npy"
     path.write_bytes(gzip.compress(b"hello" * 100))
@@ -195,7 +203,7 @@ def test_bin_headers(tmp_path):
     path = tmp_path / "x.bin"
     assert "promises 5001 tokens, the file ends at token offset 5000" in message(
         write_bin(path, IDS, count=5001), "bin")
-    assert "promises 4999 tokens but 5000 follow" in message(write_bin(path, IDS, count=4999), "bin")
+    assert "promises 4999 tokens, and 2 bytes follow on them" in message(write_bin(path, IDS, count=4999), "bin")
     assert "cut short" in message(write_bin(path, IDS, count=-1), "bin")
     assert "version 2" in message(write_bin(path, IDS, version=2), "bin")
     assert "use --data-format raw" in message(write_bin(path, IDS, magic=1), "bin")

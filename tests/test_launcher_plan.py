@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from data_helpers import write_npy
 from launcher_helpers import NANO, config, launch, printed_command, write_checkpoint
 
 from oneb.cli import rehearse
@@ -67,6 +68,13 @@ def test_a_gpu_that_is_not_here_is_planned_for(tmp_path):
     assert "disk≈" in done.stdout
     # The GPU is the plan's affair; the command trains on what will be there.
     assert "--gpu" not in printed_command(done.stdout)
+
+
+def test_a_vocabulary_larger_than_the_models_is_noticed(tmp_path):
+    write_npy(tmp_path / "x.npy", range(9), meta={"vocab_size": 128256})
+    done = launch("--data", "x.npy", cwd=tmp_path)
+    assert "the model has 50257: the run needs --vocab-size 128256" in " ".join(done.stdout.split())
+    assert "128256" not in launch("--data", "x.npy", "--vocab-size", "200000", cwd=tmp_path).stdout
 
 
 def test_without_a_gpu_the_plan_says_how_to_name_one(tmp_path):

@@ -1,4 +1,7 @@
-"""How many tokens ``--data`` holds, from its name, headers and file sizes alone: no numpy, nothing read through."""
+"""How many tokens ``--data`` holds and of what vocabulary, from its name, headers, sidecars and file sizes alone.
+
+Needs no numpy, and reads nothing through.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import glob
 from pathlib import Path
 
 from oneb.config import DEMO_DATA
-from oneb.data.names import parse_name
-from oneb.data.sidecar import is_beside_tokens
+from oneb.data.names import manifest_files, named_folder, parse_name
+from oneb.data.sidecar import is_beside_tokens, read_sidecar
+from oneb.errors import OnebError
 
 _NPY_MAGIC = b"\x93NUMPY"
 _BIN_HEADER_BYTES = 1024
@@ -24,6 +28,26 @@ def count_tokens(path: str, data_format: str) -> int | None:
         return None
     if (name := parse_name(path)) is not None:
         return name.n_tokens
+    if (folder := named_folder(path)) is not None:
+        return sum(n_tokens for _, n_tokens in manifest_files(folder)) or None
+    try:
+        counts = [_tokens_of(file, data_format) for file in _files(path, data_format)]
+    except OSError:
+        return None  # the training process says why it cannot be read
+    return sum(counts) if counts and None not in counts else None
+
+
+def vocabulary(path: str, data_format: str) -> int:
+    """The ids of these files lie below it, their sidecars say; 0 where none says so."""
+    try:
+        sidecars = [read_sidecar(file) for file in _files(path, data_format)]
+    except (OSError, OnebError):
+        return 0  # the training process says what is wrong with it
+    return max((sidecar.vocab_size or 0 for sidecar in sidecars if sidecar), default=0)
+
+
+def _files(path: str, data_format: str) -> list[Path]:
+    """The token files of a path: a file, a folder or a glob."""
     target = Path(path).expanduser()
     if target.is_dir():
         suffix = {"raw": ".bin", "auto": ".npy"}.get(data_format, f".{data_format}")
@@ -32,11 +56,7 @@ def count_tokens(path: str, data_format: str) -> int | None:
         files = [target]
     else:
         files = [Path(name) for name in glob.glob(str(target), recursive=True)]
-    try:
-        counts = [_tokens_of(file, data_format) for file in files if file.is_file() and not is_beside_tokens(file.name)]
-    except OSError:
-        return None  # the training process says why it cannot be read
-    return sum(counts) if counts and None not in counts else None
+    return [file for file in files if file.is_file() and not is_beside_tokens(file.name)]
 
 
 def _tokens_of(file: Path, data_format: str) -> int | None:

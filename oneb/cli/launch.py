@@ -17,7 +17,7 @@ from typing import Any
 from oneb.advice import advice
 from oneb.checkpoints.rundir import RunDirectory, check_resume, continued, read_sidecar, run_directory
 from oneb.cli.budget import resolve_for, steps_for_budget
-from oneb.cli.data_size import count_tokens
+from oneb.cli.data_size import count_tokens, vocabulary
 from oneb.cli.guard import reports_mistakes
 from oneb.cli.machine import Machine, find_machine, plan_for
 from oneb.cli.options import OptionParser, add_config_options, config_to_args, shell_command
@@ -179,6 +179,9 @@ def _data_notes(config: Config) -> list[str]:
     if (name := parse_name(path)) is not None:
         to_do = name.to_do(config.data.data_root)
         return wrapped("[note] ", to_do) if to_do else []
+    if (size := vocabulary(path, config.data.format)) > config.model.vocab_size:
+        return wrapped("[note] ", f"--data {path} was made with a vocabulary of {size}, the model has "
+                       f"{config.model.vocab_size}: the run needs --vocab-size {size}")
     if path == DEMO_DATA or "*" in path or Path(path).exists():
         return []
     # A line of its own: it is there to be pasted.

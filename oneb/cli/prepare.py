@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from oneb.data.sources import InputFile
 
 _PACKAGES = ("numpy", "tiktoken", "pyarrow", "huggingface_hub")
+_SOURCE, _SOURCE_FILES = "fineweb-edu", "*.parquet"
+_OF_THE_HUB = ("source", "source_files", "retokenize")
+_OF_MAKING = ("input", *_OF_THE_HUB, "tokens", "workers", "force")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,11 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", nargs="+", metavar="PATH",
                         help="read these instead of --source: .parquet, .jsonl(.gz, .zst), .txt (a .txt is one "
                              "document) or .bin (ready GPT-2 tokens) files, folders or globs of them")
-    parser.add_argument("--source", default="fineweb-edu", metavar="NAME",
+    # Those of the Hub have no default, so that one given beside --input is noticed.
+    parser.add_argument("--source", metavar="NAME",
                         help="dataset on the Hugging Face Hub: fineweb-edu, fineweb, or owner/name[@revision] of one "
-                             "with parquet files (default: %(default)s)")
-    parser.add_argument("--source-files", default="*.parquet", metavar="PATTERN",
-                        help="the files of an owner/name (default: %(default)s; * also crosses folders)")
+                             f"with parquet files (default: {_SOURCE})")
+    parser.add_argument("--source-files", metavar="PATTERN",
+                        help=f"the files of an owner/name (default: {_SOURCE_FILES}; * also crosses folders)")
     parser.add_argument("--retokenize", action="store_true",
                         help="tokenize text also where the Hub has the tokens ready (default: take these)")
     parser.add_argument("--tokenizer", default="gpt2", metavar="NAME",
@@ -68,10 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done (also when the input held fewer tokens than asked), 2 a user's mistake, 130 Ctrl-C."""
     arguments = build_parser().parse_args(argv)
-    if (arguments.output is None) == (arguments.verify is None):
-        raise OnebError("wanted either --output X.npy, to make it, or --verify X.npy")
-    if arguments.workers is not None and arguments.workers < 1:
-        raise OnebError(f"--workers {arguments.workers}: wanted at least 1")
+    _check(arguments)
     _require_packages()
     line = ProgressLine(sys.stderr)
     try:
@@ -89,6 +90,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """That no option contradicts another, or would be read by nobody."""
+    def given(names: Sequence[str]) -> str:
+        return ", ".join("--" + name.replace("_", "-") for name in names if getattr(arguments, name))
+
+    if (arguments.output is None) == (arguments.verify is None):
+        raise OnebError("wanted either --output X.npy, to make it, or --verify X.npy")
+    if arguments.verify is not None and (making := given(_OF_MAKING)):
+        raise OnebError(f"--verify only reads {arguments.verify}; {making}: for --output")
+    if arguments.input and (of_the_hub := given(_OF_THE_HUB)):
+        raise OnebError(f"--input takes files of this machine, {of_the_hub} those of the Hugging Face Hub; "
+                        "wanted one of the two")
+    if arguments.source_files and "/" not in (arguments.source or ""):
+        raise OnebError(f"--source-files {arguments.source_files} needs --source owner/name; "
+                        f"{arguments.source or _SOURCE} has files of its own")
+    if arguments.workers is not None and arguments.workers < 1:
+        raise OnebError(f"--workers {arguments.workers}: wanted at least 1")
+
+
 def _require_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -101,7 +121,7 @@ def _prepare(arguments: argparse.Namespace, line: ProgressLine) -> None:
     from oneb.data.workers import usable_workers
 
     if arguments.tokens is None and not arguments.input:
-        raise OnebError(f"--source {arguments.source} needs --tokens (it holds billions); "
+        raise OnebError(f"--source {arguments.source or _SOURCE} needs --tokens (it holds billions); "
                         "for instance --tokens 100M")
     check_output(arguments.output, arguments.tokens, force=arguments.force)
     files, source, revision = _files(arguments, line.say)
@@ -119,12 +139,12 @@ def _files(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[l
     from oneb.data.sources import describe, local_inputs
 
     if arguments.input:
-        files = local_inputs(arguments.input)
+        files = local_inputs(arguments.input, say)
         return files, describe(files), None
     from oneb.data.hub_sources import hub_inputs
 
-    return hub_inputs(arguments.source, arguments.source_files, tokenizer=arguments.tokenizer,
-                      n_tokens=arguments.tokens, retokenize=arguments.retokenize, say=say)
+    return hub_inputs(arguments.source or _SOURCE, arguments.source_files or _SOURCE_FILES, say=say,
+                      tokenizer=arguments.tokenizer, n_tokens=arguments.tokens, retokenize=arguments.retokenize)
 
 
 def _report(done: Prepared, seconds: float) -> None:
@@ -141,8 +161,8 @@ def _report(done: Prepared, seconds: float) -> None:
               file=sys.stderr)
     if skipped.damaged:
         places = "".join(f"\n  {place}" for place in skipped.examples)
-        print(f"warning: damaged in {skipped.damaged} places, and not read on from there; copy these files again if "
-              f"you can:{places}", file=sys.stderr)
+        print(f"warning: damaged in {skipped.damaged} place{'s' * (skipped.damaged > 1)}, and not read on from there; "
+              f"copy these files again if you can:{places}", file=sys.stderr)
     if done.short_by:
         print(f"warning: the input held {tokens} tokens, {done.short_by} fewer than the "
               f"{tokens + done.short_by} asked for; the file is whole, but shorter", file=sys.stderr)

@@ -291,8 +291,7 @@ class Work:
             assert placed is not None
             assert place is not None
             if placed.tokens != place.room:  # encoded twice, its worker having died in between
-                raise OnebError(f"{self.files[unit.file].name} changed while it was read. Leave it as it is and run "
-                                "the same command again: it starts over")
+                raise _changed(self.files[unit.file])
             self.journal.append(counts, placed, unit.file, unit.index, last=unit.last)
             self.appended += 1
             self.appended_tokens += counts.tokens
@@ -305,7 +304,7 @@ class Work:
             raise self.order[0].counts
 
     def _hash(self) -> None:
-        """The SHA-256 of each file that gave something."""
+        """The SHA-256 of each file that gave something; that none changed since it was found."""
         state = self.journal.state
         self.pool.close()  # what it still has to do is not needed
         unknown: list[FileState] = []
@@ -323,6 +322,9 @@ class Work:
         with ThreadPool(self.pool.n_workers) as threads:
             for done, digest in zip(unknown, threads.imap(_hash, paths), strict=True):
                 done.sha256 = digest
+        for file in self.files[:len(state.files)]:
+            if not file.is_unchanged():
+                raise _changed(file)
 
     def _report(self) -> None:
         state = self.journal.state
@@ -332,6 +334,11 @@ class Work:
             current = self.share * self.files[state.file].size if state.file < len(self.files) else 0
             fraction = (self.sizes[state.file] + current) / max(1, self.sizes[-1])
         self.progress(Progress(state.tokens, state.text_bytes, fraction, self.arrivals.arriving))
+
+
+def _changed(file: InputFile) -> OnebError:
+    return OnebError(f"{file.name} changed while it was read. Leave it as it is and run the same command again: it "
+                     "starts over")
 
 
 def _hash(path: Path) -> str:

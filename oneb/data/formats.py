@@ -70,7 +70,7 @@ def _has_bin_magic(file: OpenFile) -> bool:
 def _read_npy(path: Path, file: OpenFile) -> TokenFile:
     dtype, shape, data_start = _npy_header(path, file)
     _check_array(path, dtype.name, shape)
-    _check_bytes(path, file.n_bytes - data_start, shape[0], dtype.itemsize)
+    _check_bytes(path, file.n_bytes - data_start, shape[0], dtype.itemsize, exact=True)
     return TokenFile(str(path), file, dtype, data_start, shape[0])
 
 
@@ -205,5 +205,5 @@ def _check_bytes(path: Path, n_bytes: int, n_tokens: int, itemsize: int, exact: 
         raise OnebError(f"{path} is cut short: its header promises {n_tokens} tokens, the file ends at token "
                         f"offset {held}; copy or download it again")
     if exact and n_bytes != n_tokens * itemsize:
-        raise OnebError(f"{path}: its header promises {n_tokens} tokens but {held} follow; "
-                        "copy or download it again")
+        raise OnebError(f"{path}: its header promises {n_tokens} tokens, and {n_bytes - n_tokens * itemsize} bytes "
+                        "follow on them; copy or download it again")

@@ -16,6 +16,7 @@ import contextlib
 import fnmatch
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -42,6 +43,7 @@ Progress = Callable[[int, int], None]
 
 _CHUNK = 16 * 2**10  # what requests waits for until it is there; httpx hands over what arrives
 _SLOWEST = (60.0, 60 * 2**10)  # a connection that brings fewer bytes in so many seconds is dropped for another
+_FEW_WAITS = 2  # for a listing, where there is that of last time
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -62,7 +64,8 @@ def list_files(dataset: HubDataset, say: Say = lambda message: None) -> list[Hub
     """The files of ``dataset`` that match its pattern, by path (``*`` also crosses folders).
 
     The listing of a commit never changes: it is asked for once and then read from the assets folder of the Hub's
-    cache. That of a branch is asked for each time; without a network the last one serves, or what the cache holds.
+    cache. That of a branch is asked for each time; without a network the last one serves, soon, or what the cache
+    holds, if in the end nobody answers.
 
     Args:
         say: told about waits, and about a listing that is not the Hub's of now.
@@ -75,7 +78,7 @@ def list_files(dataset: HubDataset, say: Say = lambda message: None) -> list[Hub
     if files and _COMMIT.fullmatch(dataset.revision):
         return files
     try:
-        found = _ask_listing(dataset, say)
+        found = _ask_listing(dataset, say, _FEW_WAITS if files else None)
     except Unreachable as error:
         found = files or _cached_files(dataset)
         if not found:
@@ -96,18 +99,18 @@ def list_files(dataset: HubDataset, say: Say = lambda message: None) -> list[Hub
     return found
 
 
-def _ask_listing(dataset: HubDataset, say: Say) -> list[HubFile]:
+def _ask_listing(dataset: HubDataset, say: Say, waits: int | None) -> list[HubFile]:
     api = f"{constants.ENDPOINT}/api/datasets/{dataset.repo}"
     what = f"the listing of {dataset.repo}"
     commit = dataset.revision
     if not _COMMIT.fullmatch(commit):
-        answer, _ = _ask_json(f"{api}/revision/{quote(commit, safe='')}", what, say)
+        answer, _ = _ask_json(f"{api}/revision/{quote(commit, safe='')}", Patience(what, say, waits))
         commit = answer["sha"]
     folder = "/".join([commit, *filter(None, [quote(_fixed_folder(dataset.pattern))])])
     url: str | None = f"{api}/tree/{folder}?recursive=true"
     found = []
     while url:
-        entries, url = _ask_json(url, what, say)
+        entries, url = _ask_json(url, Patience(what, say, waits))
         for entry in entries:
             if entry["type"] == "file" and fnmatch.fnmatchcase(entry["path"], dataset.pattern):
                 large = entry.get("lfs") or {}
@@ -116,9 +119,8 @@ def _ask_listing(dataset: HubDataset, say: Say) -> list[HubFile]:
     return sorted(found, key=lambda file: file.path)
 
 
-def _ask_json(url: str, what: str, say: Say) -> tuple[Any, str | None]:
+def _ask_json(url: str, patience: Patience) -> tuple[Any, str | None]:
     """A JSON answer and, of a paged one, the next page's address."""
-    patience = Patience(what, say)
     while True:
         try:
             response = get_session().get(url, headers=build_hf_headers(), timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
@@ -313,10 +315,33 @@ def _link(dataset: HubDataset, file: HubFile, name: str, say: Say) -> None:
     patience = Patience(name, say)
     while True:
         try:
-            hf_hub_download(dataset.repo, file.path, repo_type="dataset", revision=file.revision)
+            with _retelling(say):
+                hf_hub_download(dataset.repo, file.path, repo_type="dataset", revision=file.revision)
             return
         except FAILURES as error:
             patience.wait_after(error)
+
+
+class _Retold(logging.Handler):
+    """Hands what is logged to ``say``."""
+
+    def __init__(self, say: Say) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
+
+
+@contextlib.contextmanager
+def _retelling(say: Say) -> Iterator[None]:
+    """What the client logs is told by ``say``: its own lines would cut through the progress line."""
+    logger = logging.getLogger("huggingface_hub")
+    before, logger.handlers = logger.handlers, [_Retold(say)]
+    try:
+        yield
+    finally:
+        logger.handlers = before
 
 
 # -- The cache, as huggingface_hub's guide "Understand caching" lays it out ------------------------

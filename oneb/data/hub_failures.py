@@ -36,10 +36,15 @@ class Unreachable(OnebError):
 
 
 class Patience:
-    """Waits after each failure, as the server asks or longer and longer, and gives up after too many in a row."""
+    """Waits after each failure, as the server asks or longer and longer, and gives up after too many in a row.
 
-    def __init__(self, what: str, say: Say) -> None:
+    Args:
+        waits: this often at most, where there is something else to go on with.
+    """
+
+    def __init__(self, what: str, say: Say, waits: int | None = None) -> None:
         self.what, self.say, self.failures, self.most = what, say, 0, 0
+        self.waits = _WAITS[:waits]
 
     def arrived(self, n_bytes: int) -> None:
         """So many bytes are here. More than ever before is progress; what is lost and brought again is not."""
@@ -51,12 +56,12 @@ class Patience:
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
         error = cause if isinstance(cause, Exception) else error
         asked = _asked_wait(error)
-        if _is_final(error) or self.failures == len(_WAITS) or (asked or 0) > _LONGEST_WAIT:
+        if _is_final(error) or self.failures == len(self.waits) or (asked or 0) > _LONGEST_WAIT:
             give_up(self.what, error)
-        ours = _WAITS[self.failures]
+        ours = self.waits[self.failures]
         seconds = max(ours, asked or 0)
         self.failures += 1
-        reason = "as the server asks" if seconds > ours else f"try {self.failures + 1} of {len(_WAITS) + 1}"
+        reason = "as the server asks" if seconds > ours else f"try {self.failures + 1} of {len(self.waits) + 1}"
         self.say(f"{self.what}: {_in_words(error)}; again in {format_duration(seconds)} ({reason}).")
         time.sleep(seconds)
 

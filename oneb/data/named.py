@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from oneb.config import GPT2_VOCAB_SIZE, DataConfig
 from oneb.data.arriving import ArrivingFile, ArrivingTokens, locked
 from oneb.data.formats import BIN_HEADER_BYTES
-from oneb.data.names import MANIFEST, VALIDATION, WHOLE, DataName, parse_name, train_name
+from oneb.data.names import MANIFEST, VALIDATION, WHOLE, DataName, named_folder, parse_name, train_name
 from oneb.data.order import split_tokens
 from oneb.data.reading import allow_open_files
 from oneb.data.sidecar import Sidecar
@@ -68,6 +68,8 @@ def open_data(config: DataConfig, vocab_size: int, say: Say) -> Data:
     """
     name = parse_name(config.path)
     if name is None:
+        if (folder := named_folder(config.path)) is not None:  # its val.bin is for validation
+            return _arriving(_read_plan(folder / MANIFEST), folder, vocab_size, say)
         return _whole(config.path, config.format, vocab_size, say)
     folder = name.folder(config.data_root)
     if not (folder / WHOLE).exists():
@@ -93,7 +95,7 @@ def _plan(name: DataName, folder: Path, say: Say) -> dict[str, Any] | None:
     """
     path = folder / MANIFEST
     if path.exists():
-        return _read_plan(path, name)
+        return _read_plan(path)
     if name.source not in READY_TOKENS:
         return None
     from oneb.data.hub import list_files
@@ -122,7 +124,7 @@ def _piece(name: str, n_tokens: int, file: HubFile) -> dict[str, Any]:
     return {"name": name, "tokens": n_tokens, "shard": asdict(file)}
 
 
-def _read_plan(path: Path, name: DataName) -> dict[str, Any]:
+def _read_plan(path: Path) -> dict[str, Any]:
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
         if plan["format"] == _FORMAT and plan["tokens"] == sum(file["tokens"] for file in plan["files"]):
@@ -132,8 +134,8 @@ def _read_plan(path: Path, name: DataName) -> dict[str, Any]:
         fault = error.strerror or str(error)
     except (ValueError, TypeError, KeyError) as error:
         fault = f"{type(error).__name__}: {error}"
-    raise OnebError(f"{path} cannot be read ({fault}); delete it, and it is made again for {name}. The other files "
-                    "there can stay")
+    raise OnebError(f"{path} cannot be read ({fault}); delete it, and --data SOURCE:TOKENS with the --data-root above "
+                    "that folder makes it again. The other files there can stay")
 
 
 def _arriving(plan: dict[str, Any], folder: Path, vocab_size: int, say: Say) -> Data:

@@ -48,7 +48,8 @@ class DataName:
             size = f", about {format_gib(_TEXT_BYTES_A_TOKEN * self.n_tokens)}" if self.source in SOURCES else ""
             return (f"the text of {self.source}{size} is downloaded and tokenized before the first step, into "
                     f"{folder} ({format_gib(2 * self.n_tokens)})")
-        names = _file_names(folder) or [VALIDATION, *map(train_name, range(1, 1 + -(-self.n_tokens // SHARD_TOKENS)))]
+        names = [name for name, _ in manifest_files(folder)] or [
+            VALIDATION, *map(train_name, range(1, 1 + -(-self.n_tokens // SHARD_TOKENS)))]
         missing = sum(not (folder / name).exists() for name in names)
         if not missing:
             return None
@@ -90,10 +91,17 @@ def train_name(number: int) -> str:
     return f"train_{number:06d}.bin"
 
 
-def _file_names(folder: Path) -> list[str]:
-    """The files that the manifest lists; none where there is no manifest, or a damaged one."""
+def named_folder(path: str) -> Path | None:
+    """The folder of a named data set of ready shards that ``path`` leads to; None where it leads elsewhere."""
+    folder = Path(path).expanduser()
+    return folder if (folder / MANIFEST).is_file() else None
+
+
+def manifest_files(folder: Path) -> list[tuple[str, int]]:
+    """Name and tokens of each file that the manifest lists; none where there is no manifest, or a damaged one."""
     try:
-        return [file["name"] for file in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]]
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return [(file["name"], file["tokens"]) for file in files]
     except (OSError, ValueError, TypeError, KeyError):
         return []
 

@@ -118,6 +118,8 @@ def prepare(files: Sequence[InputFile], tokenizer: Tokenizer | str, output: Path
             journal.begin(n_tokens)
             job = _begin(workers, files, tokenizer, journal, text_column, say)
             Work(files, job, journal, workers, n_tokens, progress).run()
+            if not journal.state.tokens:
+                raise _no_text(journal.state.skipped, text_column)
             return _finish(journal, files, tokenizer, source, revision, n_tokens)
         finally:
             workers.close()  # they write no more
@@ -158,10 +160,6 @@ def _begin(workers: InProcess | Pool, files: Sequence[InputFile], tokenizer: Tok
 def _finish(journal: Journal, files: Sequence[InputFile], tokenizer: Tokenizer, source: str, revision: str | None,
             n_tokens: int | None) -> Prepared:
     state = journal.state
-    if state.tokens == 0:
-        damage = "".join(f"; {place}" for place in state.skipped.examples[:3])
-        raise OnebError("the input holds no text: every document was empty or without the text column. "
-                        f"Check --input and --text-column{damage}")
     documents = state.documents + (not state.ended)  # the last one may be cut
     sources = [{"name": files[number].name, "size": files[number].size, "sha256": done.sha256,
                 "tokens": done.tokens, "documents": done.documents} for number, done in enumerate(state.files)]
@@ -175,6 +173,14 @@ def _finish(journal: Journal, files: Sequence[InputFile], tokenizer: Tokenizer, 
     made = journal.finish(sidecar, sources)
     short_by = 0 if n_tokens is None else n_tokens - state.tokens
     return Prepared(journal.output, made, short_by, state.skipped, state.text_bytes)
+
+
+def _no_text(skipped: Skipped, text_column: str) -> OnebError:
+    """Of an input that gave no token: why."""
+    if skipped.damaged:
+        return OnebError(f"the input holds no text that can be read; copy it again: {'; '.join(skipped.examples[:3])}")
+    left_out = f"documents left out: {skipped}" if str(skipped) else "it has no documents"
+    return OnebError(f"the input holds no text in {text_column!r} ({left_out}). Check --input and --text-column")
 
 
 def default_workers(files: Sequence[InputFile], n_tokens: int | None, most: int) -> int:

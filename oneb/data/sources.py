@@ -68,6 +68,10 @@ class InputFile:
         assert kind is not None
         return kind
 
+    def is_unchanged(self) -> bool:
+        """Whether it is still of that size and version, as the Hub's always are. Raises OSError if it is gone."""
+        return self.remote or (self.size, self.version) == _identity(Path(self.name))
+
 
 @dataclass
 class Skipped:
@@ -105,35 +109,40 @@ def kind_of(name: str) -> str | None:
     return next((kind for suffix, kind in KINDS.items() if name.lower().endswith(suffix)), None)
 
 
-def local_inputs(inputs: Sequence[str]) -> list[InputFile]:
-    """The files that paths, folders and globs stand for, in order.
+def local_inputs(inputs: Sequence[str], say: Callable[[str], None] = lambda message: None) -> list[InputFile]:
+    """The files that paths, folders (searched to the bottom, without what is hidden) and globs stand for, in order.
+
+    Args:
+        say: told which files of a folder are not read.
 
     Raises:
-        OnebError: as ``find_inputs``.
+        OnebError: if one of them matches nothing readable, or a file is of no known kind.
     """
     files = []
-    for path in find_inputs(inputs):
-        status = path.stat()
-        files.append(InputFile(str(path), status.st_size, str(status.st_mtime_ns), None,
-                               partial(_here, path.absolute())))
+    for path in _find(inputs, say):
+        files.append(InputFile(str(path), *_identity(path), None, partial(_here, path.absolute())))
     return files
+
+
+def _identity(path: Path) -> tuple[int, str]:
+    status = path.stat()
+    return status.st_size, str(status.st_mtime_ns)
 
 
 def _here(path: Path, progress: Callable[[int, int], None]) -> Path:
     return path
 
 
-def find_inputs(inputs: Sequence[str]) -> list[Path]:
-    """The files that paths, folders (searched to the bottom) and globs stand for, in order.
-
-    Raises:
-        OnebError: if one of them matches nothing readable, or a file is of no known kind.
-    """
+def _find(inputs: Sequence[str], say: Callable[[str], None]) -> list[Path]:
     files: list[Path] = []
     for given in inputs:
         target = Path(given).expanduser()
         if target.is_dir():
-            found = sorted(path for path in target.rglob("*") if path.is_file() and kind_of(path.name))
+            found, others = _of_folder(target)
+            if found and others:
+                say(f"warning: {len(others)} file{'s' * (len(others) > 1)} in {target} not read, since the names do "
+                    f"not end in {', '.join(INPUT_SUFFIXES)}: {', '.join(map(str, others[:3]))}"
+                    + (", …" if len(others) > 3 else ""))
         elif target.is_file():
             found = [target]
         else:
@@ -147,6 +156,21 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
             raise OnebError(f"--input {unknown}: wanted a file ending in {', '.join(INPUT_SUFFIXES)}")
         files += found
     return files
+
+
+def _of_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files below ``folder`` of a known kind and, by their paths in it, of none. Hidden ones are neither."""
+    found: list[Path] = []
+    others: list[Path] = []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if not path.is_file() or any(part.startswith(".") for part in inside.parts):
+            continue
+        if kind_of(path.name):
+            found.append(path)
+        else:
+            others.append(inside)
+    return found, others
 
 
 def describe(files: Sequence[InputFile]) -> str:

@@ -240,11 +240,12 @@ def _check_column(path: Path, schema: Any, text_column: str) -> None:
 
     if text_column not in schema.names:
         raise OnebError(f"{path} has no column {text_column!r}; it has {', '.join(schema.names)}. "
-                        "Name the one with text by --text-column")
+                        "Name the one with text by --text-column of prepare_fineweb.py")
     held = schema.field(text_column).type
     kind = held.value_type if pa.types.is_dictionary(held) else held
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise OnebError(f"{path}: column {text_column!r} holds {held}, wanted text; name another by --text-column")
+        raise OnebError(f"{path}: column {text_column!r} holds {held}, wanted text; name another by --text-column of "
+                        "prepare_fineweb.py")
 
 
 def _json_documents(unit: Unit, text_column: str, skipped: Skipped) -> Iterator[tuple[bytes, bool]]:
