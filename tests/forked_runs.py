@@ -16,6 +16,8 @@ import pytest
 __all__ = ["forked"]
 
 NAME = "oneb_decoupled_seed1337"
+# Only what hangs takes so long, however slow the machine and its disk are.
+PATIENCE_S = 300.0
 # One layer and short sequences: a step takes milliseconds. Two lengths, and all that happens beside the steps.
 TINY = {
     "size": "nano", "n_layers": 1, "path": "demo", "device": "cpu", "phases": "16@0,32@6", "max_seq_len": 32,
@@ -44,7 +46,7 @@ class Forked:
             self._code = self._server.ask({"wait": self.pid})
         return self._code
 
-    def wait(self, seconds: float = 60.0) -> int:
+    def wait(self, seconds: float = PATIENCE_S) -> int:
         """Its exit code, once it has ended; fails the test where it does not."""
         if not within(seconds, lambda: self.poll() is not None):
             with contextlib.suppress(ProcessLookupError):
@@ -78,7 +80,7 @@ class _Server:
 
     def close(self) -> None:
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +101,9 @@ def within(seconds: float, condition: Callable[[], object]) -> bool:
     return True
 
 
-def reached(process: Forked, mark: Path, seconds: float = 60.0) -> None:
+def reached(process: Forked, mark: Path) -> None:
     """Wait until ``process`` has made the file ``mark``."""
-    assert within(seconds, lambda: mark.exists() or process.poll() is not None), process.told()
+    assert within(PATIENCE_S, lambda: mark.exists() or process.poll() is not None), process.told()
     assert mark.exists(), process.told()
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from oneb.checkpoints.lock import NAME
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICK = {"beat_s": 0.2, "stale_s": 2.0}
+# For who watches a process that beats: it may be held up for longer than QUICK has patience.
+PATIENT = {**QUICK, "stale_s": 60.0}
 FAR = ["far", "another boot"]
 
 # A process that holds a lock and does as it is told. Its flock is the machine's own ("works"), missing on its file
@@ -47,6 +50,7 @@ for line in sys.stdin:
         os._exit(0)
     if line.strip() == "fork":
         if os.fork() == 0:
+            say("forked")
             time.sleep(600)
     if line.strip() == "check":
         try:
@@ -99,6 +103,11 @@ class Process:
         self.process.kill()
         self.process.wait()
 
+    def pause(self):
+        """Stop it, all of its threads."""
+        os.kill(self.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
+
 
 @pytest.fixture
 def start():
@@ -120,4 +129,26 @@ def start():
 
 
 def body(directory):
-    return json.loads((directory / NAME).read_text())
+    """What the lock says, once that is whole: it may be written just now."""
+    return eventually(lambda: _parsed(directory / NAME))
+
+
+def _parsed(path):
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def beats_on(directory, before):
+    """Wait for a beat that is later than ``before``."""
+    return eventually(lambda: body(directory)["beats"] > before)
+
+
+def eventually(found):
+    """What ``found`` returns, once that is true."""
+    deadline = time.monotonic() + 120
+    while not (result := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return result

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from second_process import python
-from test_trainer import NANO, assert_same_weights, losses, run, val_losses, weights
+from test_trainer import NANO, assert_same_weights, each_save_is_waited_for, losses, run, val_losses, weights
 
 from oneb.checkpoints import checkpoint
 from oneb.checkpoints.rundir import checkpoints, claimed, previous_path, read_sidecar, run_directory, sidecar_path
@@ -25,7 +25,6 @@ from oneb.planner import disk_use, settled
 from oneb.presets import resolve
 from oneb.show import recorder
 from oneb.train.run import train
-from oneb.train.writer import CheckpointWriter
 
 NAME = "oneb_decoupled_seed1337"
 SAVING = {"size": "nano", "path": "demo", "resume": True}
@@ -87,6 +86,12 @@ def killed_by(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def until(pid: int, condition) -> None:
+    while not condition():
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "ended"
+        time.sleep(0.002)
+
+
 # ---- what the second process runs
 
 def kill_at_every_call(directory: Path, links: bool) -> None:
@@ -126,7 +131,7 @@ def kill_at_every_call(directory: Path, links: bool) -> None:
 
 
 def kill_at_random(directory: Path, kills: int, seed: int) -> None:
-    """Kill a process that does nothing but save, ``kills`` times, each time after a random moment."""
+    """Kill a process that does nothing but save, ``kills`` times, at random moments of its first save and later."""
     chance = random.Random(seed)
     save(directory, start := 1)
     for _ in range(kills):
@@ -139,6 +144,8 @@ def kill_at_random(directory: Path, kills: int, seed: int) -> None:
                 os.replace(directory / "next", directory / "done")
 
         pid = fork(work)
+        if chance.random() < 0.5:  # however long a save takes, some are made
+            until(pid, lambda start=start: (directory / "done").read_text() != str(start))
         time.sleep(chance.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
         assert killed_by(pid) == -signal.SIGKILL
@@ -155,12 +162,14 @@ def kill_training(root: Path, kills: int, steps: int, seed: int) -> None:
     def training(name):
         return lambda: sys.exit(train(resolve({**TRAINING, "root": str(root / name), "steps": steps})))
 
-    def work(name):
+    def work(name, stays=False):
         without_pictures(setattr)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         try:
             training(name)()
         except SystemExit as ended:
+            while stays and not ended.code:  # until it is killed, be that later than was meant
+                time.sleep(1)
             os._exit(ended.code)
 
     assert killed_by(fork(lambda: work("whole"))) == 0
@@ -168,9 +177,8 @@ def kill_training(root: Path, kills: int, steps: int, seed: int) -> None:
     log, lost = root / "cut" / NAME / "train.jsonl", []
     for number in range(kills):
         goal = (number + 1) * steps // (kills + 1) - chance.randrange(3)
-        pid = fork(lambda: work("cut"))
-        while not (log.exists() and f'"step": {goal},' in log.read_text(errors="replace")):
-            time.sleep(0.002)
+        pid = fork(lambda: work("cut", stays=True))
+        until(pid, lambda: log.exists() and f'"step": {goal},' in log.read_text(errors="replace"))  # noqa: B023
         time.sleep(chance.uniform(0, 0.08))
         os.kill(pid, signal.SIGKILL)
         assert killed_by(pid) == -signal.SIGKILL
@@ -317,6 +325,7 @@ def test_the_previous_one_is_kept_while_the_newest_is_damaged(tmp_path):
 # ---- when it saves, and what it keeps
 
 def test_minutes_save_the_last_checkpoint_alone(tmp_path, monkeypatch):
+    each_save_is_waited_for(monkeypatch.setattr)  # none is due while another is under way
     minutes = iter(range(10_000))
     monkeypatch.setattr(time, "monotonic", lambda: 60.0 * next(minutes))
     plain, rows = run(tmp_path, tag="plain", save_minutes=0, eval_every=0)
@@ -347,13 +356,7 @@ def test_the_newest_step_files_are_kept(tmp_path, keep, left):
 def test_no_moment_of_a_run_takes_more_files_than_planned(tmp_path, monkeypatch, given):
     """With last.pt saved after every step, each on the disk before the next. Two names of one file are one."""
     given = {**given, "save_minutes": 1e-9, "eval_every": 0, "optimizer": "lion"}
-    submit = CheckpointWriter.submit
-
-    def written(self, *arguments):
-        submit(self, *arguments)
-        self.wait()
-
-    monkeypatch.setattr(CheckpointWriter, "submit", written)
+    each_save_is_waited_for(monkeypatch.setattr)
     most, replace = 0, os.replace
 
     def counting(*names):

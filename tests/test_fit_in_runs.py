@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from test_out_of_memory import fails_above
-from test_trainer import NANO, assert_same_weights, losses, run, weights
+from test_trainer import NANO, assert_same_weights, each_save_is_waited_for, losses, run, weights
 
 from oneb.checkpoints.checkpoint import load_checkpoint
 from oneb.checkpoints.rundir import read_sidecar
@@ -144,6 +144,7 @@ def test_an_analysis_that_does_not_fit_is_left_out(tmp_path, monkeypatch):
 
 def test_a_half_done_update_is_never_saved(tmp_path, monkeypatch):
     """Weights that belong to no step must not take the place of a checkpoint that can be resumed."""
+    each_save_is_waited_for(monkeypatch.setattr)  # none is made before an evaluation while another is under way
     calls, whole_step = [], Optimizer.step
 
     def step(optimizer, *args):

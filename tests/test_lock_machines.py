@@ -11,9 +11,9 @@ import time
 
 import pytest
 from lock_helpers import *  # noqa: F403
-from lock_helpers import FAR, QUICK, body
+from lock_helpers import FAR, PATIENT, QUICK, beats_on, body
 
-from oneb.checkpoints.lock import BEAT_S, NAME, STALE_S, LockedError, RunLock
+from oneb.checkpoints.lock import NAME, STALE_S, LockedError, RunLock
 
 # ---- on several machines, whose flock does not reach the others
 
@@ -24,7 +24,7 @@ def test_beats_are_enough_where_there_is_no_flock(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with RunLock(tmp_path, beat_s=0.05, stale_s=0.5), pytest.raises(LockedError, match=f"process {os.getpid()}"):
-        RunLock(tmp_path, beat_s=0.05, stale_s=0.5).acquire()
+        RunLock(tmp_path, **PATIENT).acquire()
     with RunLock(tmp_path, beat_s=0.05, stale_s=0.5):
         pass
 
@@ -33,17 +33,16 @@ def test_beats_are_enough_where_there_is_no_flock(tmp_path, monkeypatch, error):
 def test_another_machine_that_beats_has_the_directory(tmp_path, start, flock):
     holder = start(tmp_path, machine=FAR, flock=flock, **QUICK)
     assert holder.began()[0]
-    other = start(tmp_path, flock="works" if flock == "elsewhere" else flock, **QUICK)
+    other = start(tmp_path, flock="works" if flock == "elsewhere" else flock, **PATIENT)
     is_held, seconds, text = other.began()
     assert not is_held
-    assert seconds < QUICK["stale_s"]
+    assert seconds < PATIENT["stale_s"]
     assert f"process {holder.pid} on far, since" in text
     assert f"is locked by process {holder.pid} on far" in other.notes[0]
     holder.release()
     after = start(tmp_path, flock="works" if flock == "elsewhere" else flock, **QUICK)
-    is_held, seconds, text = after.began()
+    is_held, _, text = after.began()
     assert is_held, text
-    assert seconds < QUICK["stale_s"]
     assert after.notes == []
 
 
@@ -53,15 +52,14 @@ def test_another_machine_that_is_silent_is_taken_over_from(tmp_path, start):
         (tmp_path / flock).mkdir()
         holder = start(tmp_path / flock, machine=FAR, flock=flock, **QUICK)
         assert holder.began()[0]
-        time.sleep(0.5)
+        assert beats_on(tmp_path / flock, 1)
         holder.kill()
-        assert body(tmp_path / flock)["beats"] > 1
         here = "works" if flock == "elsewhere" else flock
         processes[tmp_path / flock] = start(tmp_path / flock, flock=here, **QUICK)
     for directory, process in processes.items():
         is_held, seconds, text = process.began()
         assert is_held, text
-        assert QUICK["stale_s"] <= seconds < QUICK["stale_s"] + 5
+        assert QUICK["stale_s"] <= seconds < QUICK["stale_s"] + 60
         assert len(process.notes) == 2
         assert "its lock is taken over" in process.notes[1]
         assert body(directory)["pid"] == process.pid
@@ -71,7 +69,7 @@ def test_who_was_silent_for_too_long_learns_that_it_lost(tmp_path, start):
     """It was paused, as a virtual machine is; its first look stops it, and it spoils nothing of the other's."""
     paused = start(tmp_path, machine=FAR, flock="elsewhere", **QUICK)
     assert paused.began()[0]
-    os.kill(paused.pid, signal.SIGSTOP)
+    paused.pause()
     other = start(tmp_path, **QUICK)
     assert other.began()[0]
     os.kill(paused.pid, signal.SIGCONT)
@@ -104,10 +102,10 @@ def test_with_the_real_intervals(tmp_path, start):
     refused, taken = start(tmp_path / "alive"), start(tmp_path / "silent")
     is_held, seconds, _ = refused.began()
     assert not is_held
-    assert seconds < 2 * BEAT_S
+    assert seconds < STALE_S
     is_held, seconds, text = taken.began()
     assert is_held, text
-    assert STALE_S <= seconds < STALE_S + 10
+    assert STALE_S <= seconds < 2 * STALE_S
 
 
 # ---- clocks
@@ -189,14 +187,13 @@ def test_a_live_lock_survives_clocks_that_are_set(tmp_path, start, clock_library
     for shift in (10 * DAYS, -10 * DAYS, 3600, -3600):
         there.set(shift)
         shifted, now = map(float, holder.ask("time").split())
-        assert shifted - wall == pytest.approx(shift + now - monotonic, abs=1.0)  # it really is set
+        assert shifted - wall == pytest.approx(shift + now - monotonic, abs=600)  # it really is set
         here.set(-shift)
         before = body(directory)["beats"]
-        is_held, seconds, text = start(directory, environment=here.environment, **QUICK).began()
+        is_held, seconds, text = start(directory, environment=here.environment, **PATIENT).began()
         assert not is_held
-        assert seconds < QUICK["stale_s"]
-        time.sleep(0.5)
-        assert body(directory)["beats"] > before
+        assert seconds < PATIENT["stale_s"]
+        assert beats_on(directory, before)
     assert holder.ask("check") == "mine None"
 
 
@@ -212,11 +209,10 @@ def test_a_dead_lock_is_neither_younger_nor_older_for_clocks_that_are_set(tmp_pa
         clock = Clock(clock_library, tmp_path / f"clock{number}")
         clock.set(before)
         processes.append((start(directory, environment=clock.environment, **QUICK), clock, after))
-    time.sleep(1.0)
     for process, clock, after in processes:
-        assert process.process.poll() is None
+        assert "watching" in process.process.stdout.readline()
         clock.set(after)  # in the middle of its watch
     for process, _, _ in processes:
         is_held, seconds, text = process.began()
         assert is_held, text
-        assert QUICK["stale_s"] <= seconds < QUICK["stale_s"] + 5
+        assert QUICK["stale_s"] <= seconds < QUICK["stale_s"] + 60

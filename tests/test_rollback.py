@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_runs import NAME, TINY, reached, train_here, whole_steps, within
+from forked_runs import NAME, PATIENCE_S, TINY, reached, train_here, whole_steps, within
 from test_trainer import assert_same_weights, losses, weights
 
 from oneb.checkpoints.checkpoint import load_checkpoint
@@ -63,7 +63,7 @@ def _linger_after_rollback(mark: Path) -> None:
     def go_back(self, verdict):
         plain(self, verdict)
         mark.touch()
-        within(60, lambda: self.stop.signum)
+        within(2 * PATIENCE_S, lambda: self.stop.signum)
 
     Trainer._go_back = go_back
 

@@ -10,41 +10,58 @@ import pytest
 
 from oneb.train.signals import Stopped, StopRequest
 
+PATIENCE_S = 120  # only what hangs takes so long
+# Says when it has heard a signal: the listener's next look at the clock is later.
+_TELLS = """
+import itertools, os, time
+from types import SimpleNamespace
+from oneb.train import signals
+clock = time.monotonic
+def monotonic():
+    now = clock()
+    os.write(1, b"heard\\n")
+    return now
+signals.time = SimpleNamespace(monotonic=monotonic)
+"""
 # Says when it is ready, and then does what ignores Python's signal handlers: one long call into C.
-_STUCK = """
+_STUCK = _TELLS + """
 import hashlib
-from oneb.train.signals import StopRequest
-with StopRequest() as stop:
+with signals.StopRequest() as stop:
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 """
-_POLITE = """
-import time
-from oneb.train.signals import StopRequest
-with StopRequest() as stop:
+_POLITE = _TELLS + """
+clock = itertools.count(0, 0.5).__next__  # however long this process is held up between two signals
+with signals.StopRequest() as stop:
     print("ready", flush=True)
     while stop.signum is None:
         time.sleep(0.01)
-    time.sleep(1.5)  # the step's rest, and its save
+    input()  # the step's rest, and its save
 raise SystemExit(stop.exit_code)
 """
 
 
 def start(code, **options):
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               **options)
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, **options)
     assert process.stdout.readline() == "ready\n"
     return process
+
+
+def send(process, signum):
+    """Send it, and wait until it has been heard."""
+    process.send_signal(signum)
+    assert process.stdout.readline() == "heard\n"
 
 
 @pytest.mark.parametrize("signum", StopRequest.SIGNALS)
 def test_the_second_signal_ends_a_process_that_is_stuck_in_c(signum):
     process = start(_STUCK)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(1.3)
+    send(process, signal.SIGTERM)
+    time.sleep(1.1)  # the second one is none before that
     assert process.poll() is None
     process.send_signal(signum)
-    _, told = process.communicate(timeout=20)
+    _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + signum
     assert "second signal" in told
 
@@ -52,11 +69,10 @@ def test_the_second_signal_ends_a_process_that_is_stuck_in_c(signum):
 @pytest.mark.parametrize("signum", StopRequest.SIGNALS)
 def test_the_first_signal_lets_the_step_end(signum):
     process = start(_POLITE)
-    process.send_signal(signum)
+    send(process, signum)
     # A terminal sends Ctrl-C to the process and to whoever started it, who may pass it on: that is no second one.
-    time.sleep(0.1)
-    process.send_signal(signum)
-    assert process.communicate(timeout=20)[1] == ""
+    send(process, signum)
+    assert process.communicate("\n", timeout=PATIENCE_S)[1] == ""
     assert process.returncode == 128 + signum
 
 
@@ -65,8 +81,8 @@ def test_nohup_outlives_its_terminal():
     process.send_signal(signal.SIGHUP)
     time.sleep(0.5)
     assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    send(process, signal.SIGTERM)
+    process.communicate("\n", timeout=PATIENCE_S)
     assert process.returncode == 143
 
 

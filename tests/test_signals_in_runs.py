@@ -3,39 +3,46 @@
 Real processes and real signals; what a phase would do for long is replaced in the child by a wait of known length.
 """
 
+import itertools
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from forked_runs import NAME, reached, train_here, whole_steps, within
+from forked_runs import NAME, PATIENCE_S, reached, train_here, whole_steps, within
 from test_trainer import assert_same_weights, losses, val_losses, weights
 
 from oneb.checkpoints.rundir import previous_path, read_sidecar, whole_sidecar
 from oneb.data import loader
 from oneb.files import read_json_lines
-from oneb.train import evaluate, trainer, writer
+from oneb.train import evaluate, signals, trainer, writer
 from oneb.train.stepper import Stepper
 
 REPOSITORY = Path(__file__).parents[1]
 # Where a run is when the signal comes: the steps it has done then, and whether that phase can be broken off.
 PHASES = {
     "start": (0, False), "first step": (0, True), "step": (3, False), "update": (3, False), "analysis": (3, False),
-    "data": (None, True), "evaluation": (5, True), "first step of a length": (6, True), "save": (None, False),
-    "final evaluation": (12, True),
+    "data": (3, True), "evaluation": (5, True), "first step of a length": (6, True), "save": (None, False),
+    "last save": (12, False), "final evaluation": (12, True),
 }
+HANGS_S = 600.0  # longer than any test waits
 
 
 # ---- in the child
 
-def run_with(phase: str, folder: str, seconds: float, command: list[str] | None = None, **given) -> int:
-    """Train; in that phase leave a mark once, and take ``seconds``, or wait for ``command``."""
-    mark = Path(folder) / "mark"
+def run_with(phase: str, folder: str, command: list[str] | None = None, **given) -> int:
+    """Train; in that phase make the file ``mark`` once, and wait for the file ``go``, or for ``command``.
+
+    A second signal counts from when there is a file ``heard``.
+    """
+    mark, go = Path(folder) / "mark", Path(folder) / "go"
 
     def linger() -> None:
         if not mark.exists():
@@ -43,9 +50,7 @@ def run_with(phase: str, folder: str, seconds: float, command: list[str] | None 
             if command:
                 subprocess.run(command, check=True)
             else:
-                until = time.monotonic() + seconds
-                while time.monotonic() < until:
-                    time.sleep(seconds / 10)
+                within(HANGS_S, go.exists)
 
     def before(owner, name: str, when=lambda *args: True) -> None:
         plain = getattr(owner, name)
@@ -62,7 +67,9 @@ def run_with(phase: str, folder: str, seconds: float, command: list[str] | None 
     if phase == "start":
         before(trainer.Trainer, "describe")
     elif phase == "data":
-        before(loader, "gather", lambda *args: calls.append(1) or len(calls) == 8)
+        reading = "oneb-batch-loader"  # and no evaluation
+        before(loader, "gather", lambda *args: threading.current_thread().name == reading and len(calls) == done
+               or calls.append(1))
         loader._CLOSE_S = 0.2
     elif phase in ("evaluation", "final evaluation"):
         before(evaluate.Validation, "_loss", lambda *args: calls.append(1) or len(calls) == (done + 4) // 5)
@@ -72,9 +79,48 @@ def run_with(phase: str, folder: str, seconds: float, command: list[str] | None 
         before(Stepper, "train_step", lambda self, batch: _slow_update(self, linger) if self.step == done else False)
     elif phase == "save":
         before(writer, "save_checkpoint")
+    elif phase == "last save":
+        before(writer, "save_checkpoint", lambda path, contents: contents["step"] == done)
     else:
         before(Stepper, "_gradients", lambda self, batch: self.step == done)
+    _tell_when_heard(Path(folder) / "heard")
     return train_here({"root": folder, **given})
+
+
+def _tell_when_heard(heard: Path) -> None:
+    def monotonic() -> float:
+        now = time.monotonic()
+        heard.touch()
+        return now
+
+    signals.time, signals._SAME_REQUEST_S = SimpleNamespace(monotonic=monotonic), 0.0
+
+
+def run_until_signalled(after: int, seconds: float, signum: int, **given) -> int:
+    """Train; this process sends itself a signal ``seconds`` after its ``after``-th step, and makes but three more.
+
+    Whoever waited for the step and then sent the signal could be too late, the run having ended.
+    """
+    plain, number, reached_it = trainer.Trainer._next_step, itertools.count(1), threading.Event()
+
+    def next_step(self, batches) -> None:
+        plain(self, batches)
+        made = next(number)
+        if made == after:
+            reached_it.set()
+        if made == after + 3:
+            within(HANGS_S, lambda: self.stop.signum)
+
+    def send() -> None:
+        reached_it.wait()
+        time.sleep(seconds)
+        os.kill(os.getpid(), signum)
+
+    trainer.Trainer._next_step = next_step
+    if after == 0:
+        reached_it.set()
+    threading.Thread(target=send, daemon=True).start()
+    return train_here(given)
 
 
 def _slow_update(self, linger) -> bool:
@@ -116,12 +162,15 @@ def assert_equal_runs(whole: Path, cut: Path) -> None:
 ])
 def test_the_first_signal_saves_the_step_reached_and_the_run_continues(forked, whole, tmp_path, phase, signum):
     done, breaks_off = PHASES[phase]
-    # A phase that can be broken off would take longer than the test waits.
-    process = forked(run_with, phase=phase, folder=str(tmp_path), seconds=60 if breaks_off else 0.5)
+    process = forked(run_with, phase=phase, folder=str(tmp_path))
     reached(process, tmp_path / "mark")
-    time.sleep(0.1 if phase != "data" else 0.5)
+    if phase == "data":  # the steps before that are done, then it waits for this one's
+        assert within(PATIENCE_S, lambda: f'"step": {done},' in (tmp_path / NAME / "train.jsonl").read_text())
+        time.sleep(0.1)
     process.signal(signum)
-    assert process.wait(10) == 128 + signum, process.told()
+    if not breaks_off:  # else that phase would take longer than the test waits
+        (tmp_path / "go").touch()
+    assert process.wait() == 128 + signum, process.told()
     rows = read_json_lines(tmp_path / NAME / "train.jsonl")
     if done is None:
         done = max(losses(rows))
@@ -137,20 +186,17 @@ def test_the_first_signal_saves_the_step_reached_and_the_run_continues(forked, w
     assert_equal_runs(whole, tmp_path / NAME)
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", [phase for phase, (_, breaks_off) in PHASES.items() if not breaks_off])
 def test_the_second_signal_ends_the_process_at_once(forked, whole, tmp_path, phase):
-    process = forked(run_with, phase=phase, folder=str(tmp_path), seconds=60, save_minutes=1e-9)
+    """In the middle of what the first one lets come to its end, which here would be longer than the test waits."""
+    process = forked(run_with, phase=phase, folder=str(tmp_path), save_minutes=1e-9)
     reached(process, tmp_path / "mark")
-    # Of a phase that the first one breaks off, the save that follows is what the second one meets, or nothing.
     process.signal(signal.SIGTERM)
-    time.sleep(1.1)
-    began = time.monotonic()
-    if process.poll() is None:
-        process.signal(signal.SIGINT)
-    assert process.wait(2) == (143 if PHASES[phase][1] else 130)
-    assert time.monotonic() - began < 2
+    reached(process, tmp_path / "heard")
+    process.signal(signal.SIGINT)
+    assert process.wait() == 130, process.told()
     steps = whole_steps(tmp_path / NAME) if (tmp_path / NAME).exists() else {}
-    assert steps or phase in ("start", "first step", "save")
+    assert steps or phase in ("start", "save")
     again = forked(train_here, given={"root": str(tmp_path), "if_exists": "resume"})
     assert again.wait() == 0, again.told()
     assert_equal_runs(whole, tmp_path / NAME)
@@ -158,11 +204,12 @@ def test_the_second_signal_ends_the_process_at_once(forked, whole, tmp_path, pha
 
 @pytest.mark.parametrize("phase", ["first step of a length", "step"])
 def test_a_signal_to_all_of_a_terminal_reaches_a_compiler_too(forked, whole, tmp_path, phase):
-    process = forked(run_with, phase=phase, folder=str(tmp_path), seconds=0, command=["sleep", "60"])
-    reached(process, tmp_path / "mark")
-    time.sleep(0.2)
+    compiles = tmp_path / "compiles"
+    process = forked(run_with, phase=phase, folder=str(tmp_path),
+                     command=["sh", "-c", f"touch '{compiles}'; exec sleep {HANGS_S:.0f}"])
+    reached(process, compiles)
     process.signal_group(signal.SIGINT)
-    assert process.wait(10) == 130, process.told()
+    assert process.wait() == 130, process.told()
     done = PHASES[phase][0]
     assert whole_steps(tmp_path / NAME) == {"last.pt": done}
     if phase == "step":
@@ -175,11 +222,11 @@ def test_an_evaluation_that_kill_9_broke_off_is_made_up_for(forked, whole, tmp_p
     for phase in ("evaluation", "final evaluation"):
         root = tmp_path / phase
         root.mkdir()
-        process = forked(run_with, phase=phase, folder=str(root), seconds=60)
+        process = forked(run_with, phase=phase, folder=str(root))
         reached(process, root / "mark")
         done = PHASES[phase][0]
         # What is saved before it is written beside it.
-        assert within(10, lambda: last_step(root / NAME) == done)  # noqa: B023
+        assert within(PATIENCE_S, lambda: last_step(root / NAME) == done)  # noqa: B023
         process.signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         for _ in range(2):
@@ -191,32 +238,36 @@ def test_an_evaluation_that_kill_9_broke_off_is_made_up_for(forked, whole, tmp_p
 @pytest.mark.parametrize("steps", [120, pytest.param(2000, marks=pytest.mark.slow)])
 def test_signals_at_random_moments_one_after_another(forked, tmp_path, steps):
     given = {"steps": steps, "eval_every": 7, "phases": f"16@0,32@{steps // 2}", "if_exists": "resume"}
-    patience = 60 + steps / 5  # seconds: busy machines make 30 steps in one
-    assert forked(train_here, given={**given, "root": str(tmp_path / "whole")}).wait(patience) == 0
+    assert forked(train_here, given={**given, "root": str(tmp_path / "whole")}).wait(PATIENCE_S + steps / 5) == 0
     chance, stops, code = random.Random(steps), 0, None
     while code != 0:
-        process = forked(train_here, given={**given, "root": str(tmp_path / "cut")})
-        time.sleep(chance.uniform(0.05, 0.6))
-        process.signal(chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
-        code = process.wait(20)
+        after = max(0, chance.randrange(-8, 32))
+        process = forked(run_until_signalled, after=after, seconds=chance.uniform(0, 0.1 if after else 0.6),
+                         signum=chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]),
+                         **given, root=str(tmp_path / "cut"))
+        code = process.wait()
         stops += code > 128
-        assert code in (0, 129, 130, 143, -1, -15, 70), process.told()  # 70: KeyboardInterrupt before the run
+        # Before the run and after it: the system's own answers, or KeyboardInterrupt.
+        assert code in (0, 129, 130, 143, -1, -2, -15, 70), process.told()
     assert stops >= 2
     assert_equal_runs(tmp_path / "whole" / NAME, tmp_path / "cut" / NAME)
 
 
 def test_ctrl_c_while_torch_is_loaded_leaves_nothing(tmp_path):
     """In a process of its own; how it says so depends on how far it had come."""
-    words = [sys.executable, "-m", "oneb.train", "--size", "nano", "--layers", "1", "--data", "demo", "--device", "cpu",
-             "--steps", "100000", "--live", "off", "--run-root", str(tmp_path)]
-    for seconds in (0.8, 1.8):
+    words = [sys.executable, "-X", "importtime", "-m", "oneb.train", "--size", "nano", "--layers", "1",
+             "--data", "demo", "--device", "cpu", "--steps", "100000", "--live", "off", "--run-root", str(tmp_path)]
+    for module in ("torch._C", "torch"):  # in the middle of torch, and of what comes after it
         process = subprocess.Popen(words, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"})
-        time.sleep(seconds)
+        for line in process.stderr:
+            if line.split("|")[-1].strip() == module:
+                break
+        time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=20)
-        assert process.returncode in (130, -2), (seconds, process.returncode, told)
-        assert "Traceback" not in told, (seconds, told)
+        _, told = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode in (130, -2), (module, process.returncode, told)
+        assert "Traceback" not in told, (module, told)
     for path in tmp_path.glob("*/*.pt"):
         assert read_sidecar(path)
 
@@ -235,12 +286,8 @@ def test_kill_9_with_a_second_place_and_a_new_best_at_every_evaluation(forked, t
     chance, here, killed = random.Random(kills), tmp_path / "cut" / NAME, 0
     (tmp_path / "drive").mkdir()
     for _ in range(kills):
-        process = forked(train_here, given={**given, "if_exists": "resume"})
-        before = last_step(here)
-        within(20, lambda: process.poll() is not None or last_step(here) > before)  # noqa: B023
-        time.sleep(chance.uniform(0, 0.1))
-        if process.poll() is None:
-            process.signal(signal.SIGKILL)
+        process = forked(run_until_signalled, after=chance.randrange(1, 8), seconds=chance.uniform(0, 0.1),
+                         signum=signal.SIGKILL, **given, if_exists="resume")
         assert process.wait() in (0, -signal.SIGKILL), process.told()
         killed += process.wait() != 0
         best = here / "best.pt"
@@ -265,12 +312,14 @@ def test_kill_9_with_a_second_place_and_a_new_best_at_every_evaluation(forked, t
 def test_three_resumes_in_a_row_are_the_undisturbed_run(forked, whole, tmp_path):
     """Cut in the first phase, on its boundary, and in the second one."""
     for done in ("step", "first step of a length", "data"):
-        (tmp_path / "mark").unlink(missing_ok=True)
-        process = forked(run_with, phase=done, folder=str(tmp_path), seconds=2, if_exists="resume")
+        for name in ("mark", "go"):
+            (tmp_path / name).unlink(missing_ok=True)
+        process = forked(run_with, phase=done, folder=str(tmp_path), if_exists="resume")
         reached(process, tmp_path / "mark")
-        time.sleep(0.3)
         process.signal(signal.SIGTERM)
-        assert process.wait(10) == 143, process.told()
+        if not PHASES[done][1]:
+            (tmp_path / "go").touch()
+        assert process.wait() == 143, process.told()
     assert forked(train_here, given={"root": str(tmp_path), "resume": True}).wait() == 0
     rows = read_json_lines(tmp_path / NAME / "train.jsonl")
     assert len([row for row in rows if row.get("event") == "resume"]) == 3

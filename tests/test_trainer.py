@@ -17,6 +17,7 @@ from oneb.files import read_json_lines
 from oneb.presets import resolve
 from oneb.train.run import train
 from oneb.train.trainer import Trainer
+from oneb.train.writer import CheckpointWriter
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NANO = {
@@ -33,6 +34,17 @@ def run(tmp_path, **given):
     assert train(config) == 0
     directory = (set(tmp_path.glob("*")) - before or {tmp_path / config.name}).pop()
     return directory, read_json_lines(directory / "train.jsonl")
+
+
+def each_save_is_waited_for(setattr):
+    """What is saved when no longer depends on the disk: each checkpoint is there before the run goes on."""
+    submit = CheckpointWriter.submit
+
+    def written(self, *arguments):
+        submit(self, *arguments)
+        self.wait()
+
+    setattr(CheckpointWriter, "submit", written)
 
 
 def losses(rows):
@@ -259,13 +271,13 @@ def test_a_signal_saves_and_the_run_continues(tmp_path, signum):
     process = subprocess.Popen(words(100_000), cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT)
     log = tmp_path / "oneb_decoupled_seed1337" / "train.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if log.exists() and '"step": 5,' in log.read_text():
             break
         time.sleep(0.1)
     process.send_signal(signum)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + signum, output
     step = json.loads((log.parent / "last.pt.json").read_text())["step"]
     assert step >= 5
