@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from mirror_helpers import PART
+from mirror_helpers import PART, PATIENCE_S
 from s3_server import BUCKET, Proxy, client, environment, s3_server
 
 from oneb.checkpoints import mirror, place, remote
@@ -33,12 +33,15 @@ def proxy(port, impatient, monkeypatch):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Seconds instead of minutes; and S3's smallest parts, so that a few megabytes are many of them."""
+    """Attempts soon after each other; and S3's smallest parts, so that a few megabytes are many of them.
+
+    An answer is waited for longer than any machine takes: the tests of silence shorten what they are about.
+    """
     for module, name, value in (
-        (place, "CONNECT_TIMEOUT_S", 2.0), (place, "READ_TIMEOUT_S", 2.0), (place, "REQUEST_S", 5.0),
-        (place, "REQUEST_ATTEMPTS", 1), (mirror, "RETRY_S", (0.1, 0.3)), (mirror, "FINISH_RETRY_S", 0.1),
-        (mirror, "STALL_S", 10.0), (remote, "STALL_S", 10.0), (remote, "CHECK_S", 10.0),
-        (place, "BLOCK_BYTES", PART), (mirror, "BLOCK_BYTES", PART),
+        (place, "CONNECT_TIMEOUT_S", PATIENCE_S), (place, "READ_TIMEOUT_S", PATIENCE_S),
+        (place, "REQUEST_S", PATIENCE_S), (place, "REQUEST_ATTEMPTS", 1), (mirror, "RETRY_S", (0.1, 0.3)),
+        (mirror, "FINISH_RETRY_S", 0.1), (mirror, "STALL_S", PATIENCE_S), (remote, "STALL_S", PATIENCE_S),
+        (remote, "CHECK_S", PATIENCE_S), (place, "BLOCK_BYTES", PART), (mirror, "BLOCK_BYTES", PART),
     ):
         monkeypatch.setattr(module, name, value)
 

@@ -15,6 +15,7 @@ from oneb.checkpoints.rundir import read_sidecar
 
 MB = 2**20
 PART = 5 * MB  # the smallest that S3 takes
+PATIENCE_S = 120.0  # no step of a test takes so long that does not hang
 
 
 def save(directory: Path, step: int, n_bytes: int = 100_000, serial: int | None = None, seed: int = 0) -> bytes:
@@ -54,7 +55,7 @@ def names(events) -> list[tuple[int, str]]:
     return [(event.step, event.name) for event in events]
 
 
-def until(condition, seconds: float = 20.0):
+def until(condition, seconds: float = PATIENCE_S):
     """What ``condition()`` gives once it is true."""
     limit = time.monotonic() + seconds
     while not (value := condition()):
@@ -69,7 +70,7 @@ def copied(mirrors, where: str, run: Path, *steps: int) -> dict[int, bytes]:
     for step in steps:
         contents[step] = save(run, step)
         one.submit(run / "last.pt")
-        assert one.finish(20), one.poll()
+        assert one.finish(PATIENCE_S), one.poll()
     one.close()
     return contents
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mirror_helpers import copied, save
+from mirror_helpers import PATIENCE_S, copied, save
 from s3_server import BUCKET, S3, client, stored
 
 from oneb.checkpoints import place
@@ -48,7 +48,7 @@ def test_a_place_that_cannot_be_read_is_never_taken_for_an_empty_one(tmp_path, p
     with pytest.raises(OnebError, match="cannot be fetched"):
         fetch_newest(S3, tmp_path / "other" / "run", print)
     assert not list(tmp_path.glob("other/run/*"))
-    monkeypatch.setattr(place, "READ_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(place, "READ_TIMEOUT_S", PATIENCE_S)
     # Short disturbances are got over.
     proxy.released.set()
     answers = iter([fault])
@@ -77,7 +77,7 @@ def test_the_runs_small_files_come_along_and_best_is_kept(tmp_path, port, proxy,
     one = mirrors(S3, run)
     save(run, 4)
     one.submit(run / "last.pt")
-    assert one.finish(20)
+    assert one.finish(PATIENCE_S)
     found = stored(port)
     assert found["best.pt"] == best
     assert json.loads(found["best.pt.json"])["step"] == 3
@@ -85,7 +85,7 @@ def test_the_runs_small_files_come_along_and_best_is_kept(tmp_path, port, proxy,
     with open(run / "train.jsonl", "a") as file:
         file.write('{"step": 2}\n')
     proxy.requests.clear()
-    assert one.finish(20)  # nothing new was saved, and the record is copied all the same
+    assert one.finish(PATIENCE_S)  # nothing new was saved, and the record is copied all the same
     assert {target.split("/")[-1] for method, target in proxy.requests if method == "PUT"} == {"train.jsonl"}
     other = tmp_path / "other" / "run"
     fetch_newest(S3, other, print)
@@ -102,7 +102,7 @@ def test_a_run_fetched_elsewhere_goes_on_in_its_folder_and_its_new_checkpoints_a
     # It went back to step 50, and the count of its saves starts again.
     content = save(other, 55, serial=1)
     one.submit(other / "last.pt")
-    assert one.finish(20)
+    assert one.finish(PATIENCE_S)
     assert {name for name in stored(port) if name.endswith(".pt")} == {"step00000055.pt", "step00000060.pt"}
     third = tmp_path / "third" / "run"
     fetch_newest(S3, third, print)
@@ -116,7 +116,7 @@ def test_another_run_of_the_same_name_never_takes_the_first_ones_checkpoints(tmp
     for step in (1, 2, 3):
         save(fresh, step)
         one.submit(fresh / "last.pt")
-        assert one.finish(20)
+        assert one.finish(PATIENCE_S)
     one.poll()
     assert any("another run's" in line and "here/run_2" in line for line in one.said)
     found = stored(port)
@@ -154,12 +154,14 @@ def test_places_that_cannot_be_used_are_refused_with_the_fix(tmp_path, proxy, mo
         check_place("nosuchprotocol://x/y")
     for fault in ("refuse", "silent", "busy"):
         monkeypatch.setattr(place, "READ_TIMEOUT_S", 0.4)
+        monkeypatch.setattr(place, "REQUEST_S", 2.0)
         proxy.fault = lambda method, target, fault=fault: fault
         began = time.monotonic()
         with pytest.raises(OnebError, match="AWS_ENDPOINT_URL"):
             check_place(S3)
-        assert time.monotonic() - began < 8, fault
-    monkeypatch.setattr(place, "READ_TIMEOUT_S", 2.0)
+        assert time.monotonic() - began < PATIENCE_S / 2, fault
+    monkeypatch.setattr(place, "READ_TIMEOUT_S", PATIENCE_S)
+    monkeypatch.setattr(place, "REQUEST_S", PATIENCE_S)
     proxy.fault = lambda method, target: None
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(OnebError, match="aws configure"):
