@@ -12,6 +12,7 @@ from small_disk import fill
 
 from oneb.config import Config, LogConfig
 from oneb.errors import OnebError
+from oneb.show import wandb_sink
 from oneb.show.recorder import Recorder
 from oneb.show.sinks import JsonlSink
 from oneb.show.wandb_sink import WandbSink
@@ -315,7 +316,13 @@ def test_without_a_login_the_run_goes_offline_and_says_so(run_dir):
 
 def test_a_network_that_refuses_does_not_stop_training(run_dir, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setattr("oneb.show.wandb_sink._INIT_TIMEOUT_S", 1.0)
+    waits, settings = iter([1.0, 120.0]), wandb_sink._settings  # online, and then offline, which has to begin
+
+    def next_settings(wandb):
+        monkeypatch.setattr(wandb_sink, "_INIT_TIMEOUT_S", next(waits))
+        return settings(wandb)
+
+    monkeypatch.setattr(wandb_sink, "_settings", next_settings)
     sink = WandbSink(wandb_config(wandb_mode="online"), run_dir)
     assert sink._run.offline
     assert "offline" in sink.warnings[0]
