@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oneb.cli import prepare_line
 from oneb.cli.main import main as oneb
 from oneb.cli.prepare import main as prepare
 from oneb.data import verify
@@ -77,6 +78,17 @@ def test_verify(made, capsys):
     printed = capsys.readouterr().out
     assert "1990 tokens of" in printed
     assert "from token 0: 'file 0 <|endoftext|>file 1 abc" in printed
+
+
+def test_reading_a_long_file_shows_progress(made, capsys, monkeypatch):
+    monkeypatch.setattr(prepare_line, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(verify, "_CHUNK_TOKENS", 500)
+    for command in (lambda: prepare(["--verify", str(made)]), lambda: oneb(["data", "show", str(made)])):
+        capsys.readouterr()
+        assert command() == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split("  ")[:2] for line in lines] == [
+            [" 25%", "read"], [" 50%", "read"], [" 75%", "read"], ["100%", "read"]]
 
 
 def change(path: Path, old: str, new: str) -> None:

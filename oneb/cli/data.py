@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from oneb.cli.guard import reports_mistakes
 from oneb.cli.options import OptionParser
+from oneb.cli.prepare_line import ProgressLine
 from oneb.errors import OnebError
 from oneb.units import format_count
 
@@ -57,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OnebError as error:  # ids and documents can be counted all the same
             trouble.append(str(error))
     eot = sidecar.eot if sidecar and sidecar.eot is not None else tokenizer.eot if tokenizer else None
-    found = statistics(arguments.path, eot)
+    with contextlib.closing(ProgressLine(sys.stderr)) as line:
+        found = statistics(arguments.path, eot, line.read)
     print(f"{arguments.path}: {found.tokens} tokens ({format_count(found.tokens)})")
     if sidecar is not None and sidecar.tokens not in (None, found.tokens):
         trouble.append(f"{arguments.path}.meta says {sidecar.tokens} tokens: it is of another file, and training "

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     line = ProgressLine(sys.stderr)
     try:
         if arguments.verify is not None:
-            _verify(arguments.verify, arguments.tokenizer)
+            _verify(arguments.verify, arguments.tokenizer, line)
         else:
             _prepare(arguments, line)
     except KeyboardInterrupt:
@@ -168,12 +168,13 @@ def _report(done: Prepared, seconds: float) -> None:
               f"{tokens + done.short_by} asked for; the file is whole, but shorter", file=sys.stderr)
 
 
-def _verify(path: Path, tokenizer: str) -> None:
+def _verify(path: Path, tokenizer: str, line: ProgressLine) -> None:
     from oneb.data.sidecar import read_sidecar
     from oneb.data.tokenizer import known_tokenizer, load_tokenizer
     from oneb.data.verify import samples, unsaid, verify
 
-    found = verify(path)
+    found = verify(path, line.read)
+    line.close()
     print(f"{path}: {found.tokens} tokens of {len(found.lengths)} documents are what {path}.meta says")
     sidecar = read_sidecar(path)
     assert sidecar is not None

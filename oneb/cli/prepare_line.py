@@ -1,4 +1,4 @@
-"""The progress of preparing data: one line that changes on a terminal, now and then a line elsewhere."""
+"""The progress of preparing data or reading it: one line that changes on a terminal, now and then a line elsewhere."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ class ProgressLine:
         now = time.monotonic()
         if self._first is None:  # rates are of this process: what an earlier one did is no speed
             self._first, self._started = progress, now
-        if self._terminal:
-            columns = shutil.get_terminal_size().columns
-            self._stream.write("\r\x1b[2K" + self._text(progress, now, with_bar=True)[:columns - 1])
-            self._stream.flush()
-            self._drawn = True
-        elif now - self._shown >= _LINE_SECONDS:
-            self._shown = now
-            print(self._text(progress, now, with_bar=False), file=self._stream, flush=True)
+        self._show(self._texts(progress, now), progress.fraction, now)
+
+    def read(self, fraction: float) -> None:
+        """Show that so much of a file has been read."""
+        now = time.monotonic()
+        left = format_duration((now - self._started) * (1 - fraction) / fraction)
+        self._show(["read", f"{left} left"], fraction, now)
 
     def say(self, message: str) -> None:
         """A line that stays."""
@@ -51,12 +50,21 @@ class ProgressLine:
             self._stream.flush()
             self._drawn = False
 
-    def _text(self, progress: Progress, now: float, *, with_bar: bool) -> str:
+    def _show(self, texts: list[str], fraction: float, now: float) -> None:
+        percent = f"{int(100 * fraction):>3}%"
+        if self._terminal:
+            line = "  ".join([percent, bar(fraction, _BAR_WIDTH, self._stream.encoding), *texts])
+            self._stream.write("\r\x1b[2K" + line[:shutil.get_terminal_size().columns - 1])
+            self._stream.flush()
+            self._drawn = True
+        elif now - self._shown >= _LINE_SECONDS:
+            self._shown = now
+            print("  ".join([percent, *texts]), file=self._stream, flush=True)
+
+    def _texts(self, progress: Progress, now: float) -> list[str]:
         assert self._first is not None
         seconds = max(1e-3, now - self._started)
-        texts = [f"{int(100 * progress.fraction):>3}%", f"{format_count(progress.tokens)} tokens"]
-        if with_bar:
-            texts.insert(1, bar(progress.fraction, _BAR_WIDTH, self._stream.encoding))
+        texts = [f"{format_count(progress.tokens)} tokens"]
         if progress.text_bytes:
             texts.append(f"{(progress.text_bytes - self._first.text_bytes) / 1e6 / seconds:.1f} MB/s of text")
         texts.append(f"{format_count((progress.tokens - self._first.tokens) / seconds)} tokens/s")
@@ -65,4 +73,4 @@ class ProgressLine:
             texts.append(f"{format_duration(seconds * (1 - progress.fraction) / gained)} left")
         if progress.arriving:
             texts.append(f"downloading {progress.arriving}")
-        return "  ".join(texts)
+        return texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,9 @@ class Statistics:
 def statistics(path: Path, eot: int | None, progress: Callable[[float], None] = lambda fraction: None) -> Statistics:
     """Read all of a token file once.
 
+    Args:
+        progress: called several times a second with how much of it is read.
+
     Raises:
         OnebError: if it is no whole token file, or its ids are none.
     """
@@ -70,15 +74,19 @@ def statistics(path: Path, eot: int | None, progress: Callable[[float], None] = 
 
 def _zeros(ids: np.ndarray, run: int, longest: int) -> tuple[int, int]:
     """The zeros in a row at the end of ``ids``, with ``run`` before them, and the longest so far."""
-    other = np.flatnonzero(ids)
-    if not len(other):
-        return run + len(ids), max(longest, run + len(ids))
-    inside = int(np.diff(other).max(initial=1)) - 1
-    return len(ids) - 1 - int(other[-1]), max(longest, run + int(other[0]), inside, len(ids) - 1 - int(other[-1]))
+    zeros = np.flatnonzero(ids == 0)  # most files have few
+    begins = np.flatnonzero(np.diff(zeros, prepend=-2) > 1)
+    runs = np.diff(begins, append=len(zeros))
+    if len(zeros) and zeros[0] == 0:
+        runs[0] += run
+    return int(runs[-1]) if len(zeros) and zeros[-1] == len(ids) - 1 else 0, max(longest, int(runs.max(initial=0)))
 
 
 def verify(path: Path, progress: Callable[[float], None] = lambda fraction: None) -> Statistics:
     """Read a prepared file again and compare it with what is said of it, but for what :func:`unsaid` names.
+
+    Args:
+        progress: as for :func:`statistics`.
 
     Raises:
         OnebError: naming the first thing that is not so.
@@ -91,10 +99,14 @@ def verify(path: Path, progress: Callable[[float], None] = lambda fraction: None
     if len(unsaid(sidecar)) == len(_COMPARED):
         raise OnebError(f"{path}.meta says nothing that could be compared with {path} (wanted {', '.join(_COMPARED)}): "
                         "copy the one that belongs to it")
-    if sidecar.sha256 is not None and sha256_file(path) != sidecar.sha256:
-        raise OnebError(f"{path} does not have the SHA-256 that {path}.meta gives ({sidecar.sha256}): it was damaged "
-                        "or changed. Copy it again, or make it again with --force")
-    found = statistics(path, sidecar.eot, progress)
+    with ThreadPoolExecutor(1) as thread:  # hashing lets go of Python's lock
+        digest = thread.submit(sha256_file, path) if sidecar.sha256 else None
+        try:
+            found = statistics(path, sidecar.eot, progress)
+        finally:  # of a damaged file, that comes first
+            if digest is not None and digest.result() != sidecar.sha256:
+                raise OnebError(f"{path} does not have the SHA-256 that {path}.meta gives ({sidecar.sha256}): it was "
+                                "damaged or changed. Copy it again, or make it again with --force")
     said = {"tokens": sidecar.tokens, "max_id": sidecar.max_id, "documents": sidecar.documents}
     held = {"tokens": found.tokens, "max_id": int(np.flatnonzero(found.counts)[-1]), "documents": len(found.lengths)}
     for name, value in said.items():
