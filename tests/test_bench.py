@@ -1,11 +1,11 @@
 """oneb bench: real children on the CPU, mistakes, the meter, kernels by name."""
 
 import ast
+import contextlib
 import dataclasses
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked_runs import within
 
 from oneb.bench import results
 from oneb.bench.breakdown import MARK_BYTES, breakdown, classify
@@ -40,7 +41,7 @@ MEASURED = {"tok_s", "step_ms", "step_ms_p10", "step_ms_p90", "step_ms_mean", "d
 def run_bench(*words, cwd):
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(cwd), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", "oneb", "bench", *words], cwd=cwd, env=environment,
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=600)
 
 
 def test_a_bench_measures_real_runs_in_children_and_goes_on_after_one_that_fails(tmp_path):
@@ -68,8 +69,8 @@ def test_a_bench_measures_real_runs_in_children_and_goes_on_after_one_that_fails
     assert row["expected_tok_s"] is None  # a CPU is not in the table of GPUs
     assert row["tok_s"] == pytest.approx(128 / row["step_ms"] * 1e3)
     assert row["step_ms_p10"] <= row["step_ms"] <= row["step_ms_p90"]
-    assert 0 < row["first_step_s"] < 120
-    assert 0 <= row["data_ms"] < row["step_ms"]
+    assert 0 < row["first_step_s"] < 600
+    assert 0 <= row["data_ms"] < row["step_ms_mean"]
     assert row["breakdown"] is None  # nothing is invented where the profiler sees no GPU
     assert row["clock_mhz"] is row["watts"] is row["memory_gib"] is None
     # Random ids of 300: the untrained model knows nothing, and no run of a few steps learns any of it.
@@ -220,49 +221,48 @@ def test_what_went_wrong_in_a_child_is_told(run_child):
 
 
 def test_a_child_that_takes_too_long_ends_with_all_that_it_started(run_child, tmp_path):
-    code = (f"import subprocess, time; child = subprocess.Popen(['sleep', '60']); "
-            f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); time.sleep(60)")
-    assert "--timeout" in run_child(code, timeout_s=1.5)
-    pid = int((tmp_path / "pid").read_text())
-    for _ in range(100):
-        stat = Path(f"/proc/{pid}/stat")
-        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
-            return
-        time.sleep(0.05)
-    os.kill(pid, signal.SIGKILL)
-    pytest.fail("the child's own child lives on")
+    code = (f"import subprocess, time; child = subprocess.Popen(['sleep', '600']); "
+            f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); time.sleep(600)")
+    # Unless its time is over before it has started one.
+    assert any("--timeout" in run_child(code, limit) and (tmp_path / "pid").exists() for limit in (1.5, 10.0, 60.0))
+    stat = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+
+    def ended() -> bool:
+        with contextlib.suppress(OSError):
+            return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+        return True
+
+    assert within(60, ended), "the child's own child lives on"
 
 
 def test_each_gpu_has_one_child_at_a_time_and_an_error_stops_the_rest(tmp_path):
     places = [{"gpu": str(number)} for number in range(3)]
-    busy, most, done, lock = set(), [0], [], threading.Lock()
+    busy, done, lock, all_at_once = set(), [], threading.Lock(), threading.Barrier(3)
 
     def work(task, place):
         with lock:
             assert place["gpu"] not in busy
             busy.add(place["gpu"])
-            most[0] = max(most[0], len(busy))
-        time.sleep(0.02)
+        all_at_once.wait(60)
         with lock:
             busy.remove(place["gpu"])
             done.append(task)
 
     spread(range(12), places, work, Children(1))
     assert sorted(done) == list(range(12))
-    assert most[0] == 3
 
-    children = Children(30)
+    children = Children(600)
 
     def waits_or_breaks(task, place):
         if task == 1:
             time.sleep(0.3)
             raise KeyboardInterrupt
-        children.run(["sleep", "20"], os.environ, tmp_path / f"log{task}")
+        children.run(["sleep", "300"], os.environ, tmp_path / f"log{task}")
 
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         spread(range(4), places[:2], waits_or_breaks, children)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 200
 
 
 def test_the_meter_reads_the_gpu_that_it_is_told_to(tmp_path, monkeypatch):
@@ -273,8 +273,10 @@ def test_the_meter_reads_the_gpu_that_it_is_told_to(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     with Meter("GPU-123").running() as meter:
+        assert within(60, lambda: meter.samples)
         began = time.time()
-        time.sleep(0.4)
+        before = len(meter.samples)
+        assert within(60, lambda: len(meter.samples) >= before + 4)
         ended = time.time()
     assert (tmp_path / "arguments").read_text().startswith("-i GPU-123 ")
     figures = meter.between(began, ended)

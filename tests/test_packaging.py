@@ -126,7 +126,7 @@ class Machine:
         script = ('set -euo pipefail; source scripts/setup_env.sh; setup_env requirements_runtime.txt; '
                   'echo "PYTHON=$PYTHON TORCH=$TORCH_VERSION CUDA=$HAS_CUDA"')
         return subprocess.run(["bash", "-c", script], cwd=self.checkout, env=self.environment | environment,
-                              capture_output=True, text=True, timeout=120)
+                              capture_output=True, text=True, timeout=600)
 
 
 def version_in(python: Path, name: str) -> str:
@@ -235,7 +235,7 @@ def test_the_quickstart_trains_samples_and_says_what_is_next(tmp_path):
     runs = tmp_path / "my runs"
     done = subprocess.run(
         ["bash", ROOT / "quickstart.sh", "--steps", "6", "--eval-iters", "1", "--warmup-steps", "2", "--device", "cpu",
-         "--train-seq-len", "32", "--run-root", runs], capture_output=True, text=True, timeout=240, env=environment)
+         "--train-seq-len", "32", "--run-root", runs], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     (run,) = runs.iterdir()
     assert (run / "last.pt").is_file()
@@ -245,7 +245,7 @@ def test_the_quickstart_trains_samples_and_says_what_is_next(tmp_path):
     assert Path(next_line[0]).exists() or shutil.which(next_line[0])
 
     refused = subprocess.run(["bash", ROOT / "quickstart.sh", "--steps", "0"], capture_output=True, text=True,
-                             timeout=60, env=environment)
+                             timeout=600, env=environment)
     assert refused.returncode == 2
     assert "--steps 0" in refused.stderr
 
