@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import write_npy
+from forked_runs import PATIENCE_S, within
 
 import oneb.train.rehearse
 from oneb.checkpoints.checkpoint import load_checkpoint
@@ -74,12 +76,13 @@ def test_a_rehearsal_measures_the_run_and_leaves_nothing(tmp_path, capfd):
     assert found.tok_s.keys() == found.batch.keys() == {16, 32}
     assert list(found.tok_s) == [32, 16]  # the longest first
     assert all(rows * accumulated == 4 for rows, accumulated, _ in found.batch.values())
-    assert all(100 < tok_s < 1e6 for tok_s in found.tok_s.values())
+    # A step has up to 128 tokens: it takes no minute, and no microsecond.
+    assert all(1 < tok_s < 1e8 for tok_s in found.tok_s.values())
     assert found.peak_gib == {}
     assert found.loss == found.reloaded_loss
     assert 3 < found.loss < 6
     assert 0 < found.save_s < found.seconds
-    assert 0 < found.eval_s < 30
+    assert 0 < found.eval_s < math.inf
     output = capfd.readouterr()
     assert "  steps at 32 tokens" in output.out
     assert "fresh process" in output.out
@@ -89,10 +92,9 @@ def test_a_rehearsal_measures_the_run_and_leaves_nothing(tmp_path, capfd):
 
 
 def test_an_interrupted_rehearsal_leaves_nothing(tmp_path):
-    config = configuration(tmp_path / "runs")
+    given = {**NANO, "root": str(tmp_path / "runs"), "batch_size": 1, "grad_accum": 50_000}  # steps take minutes
     program = "import sys; from oneb.cli.rehearse import rehearse; from oneb.presets import resolve\n" \
-              f"config = resolve({ {**NANO, 'root': str(tmp_path / 'runs')} })\n" \
-              f"rehearse(sys.executable, {words(config)}, config)"
+              f"rehearse(sys.executable, {words(resolve(given))}, resolve({given}))"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True)
     for line in process.stdout:
@@ -100,13 +102,13 @@ def test_an_interrupted_rehearsal_leaves_nothing(tmp_path):
             break
     assert list((tmp_path / "runs").glob(".rehearsal_*"))
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + signal.SIGINT
     assert "Traceback" not in output
     assert "stopped by SIGINT; nothing of it is left" in output
     assert list(tmp_path.iterdir()) == []
-    listed = subprocess.run(["ps", "-A", "-o", "args="], capture_output=True, text=True).stdout
-    assert str(tmp_path) not in listed
+    assert within(PATIENCE_S, lambda: str(tmp_path) not in subprocess.run(
+        ["ps", "-A", "-o", "args="], capture_output=True, text=True).stdout)
 
 
 def test_what_a_killed_rehearsal_left_is_removed_by_the_next_one(tmp_path, capsys):
@@ -343,16 +345,16 @@ def test_a_killed_process_is_no_success(tmp_path):
 
 
 def test_a_second_signal_ends_a_process_that_ignores_the_first(tmp_path):
-    python = stand_in(tmp_path, "trap '' TERM; echo ready; while true; do sleep 0.1; done")
+    python = stand_in(tmp_path, "trap 'echo told' TERM; echo ready; while true; do sleep 0.1; done")
     program = "import sys; from oneb.cli.rehearse import rehearse; from oneb.presets import resolve\n" \
               f"rehearse({python!r}, [], resolve({ {**NANO, 'root': str(tmp_path / 'runs')} }))"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "  ready\n"
     process.terminate()
-    time.sleep(0.5)
+    assert "  told\n" in iter(process.stdout.readline, "")  # bash also tells of the sleep that this has ended
     assert process.poll() is None
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + signal.SIGTERM
     assert not (tmp_path / "runs").exists()
 
