@@ -14,6 +14,7 @@ from oneb.cli import prepare_line
 from oneb.cli.main import main as oneb
 from oneb.cli.prepare import main as prepare
 from oneb.data import verify
+from oneb.data.formats import open_file
 from oneb.data.verify import statistics
 
 
@@ -33,7 +34,7 @@ def test_statistics_against_plain_python(tmp_path_factory, ids, chunk, eot):
     np.save(path, np.array(ids, np.uint16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "_CHUNK_TOKENS", chunk)
-        found = statistics(path, eot)
+        found = statistics(open_file(path, "npy"), eot)
     assert found.tokens == len(ids)
     assert found.counts.tolist() == [ids.count(token) for token in range(max(ids) + 1)]
     runs = "".join("0" if token == 0 else " " for token in ids).split()
@@ -65,6 +66,11 @@ def test_show_says_what_it_cannot_know_and_what_looks_wrong(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "no .meta beside it: name its --tokenizer" in printed
     assert "warning: 5000 ids 0 in a row" in printed
+    assert oneb(["data", "show", str(tmp_path)]) == 2
+    assert "is a folder; wanted one of its files: x.npy" in capsys.readouterr().err
+    (tmp_path / "x.u16").write_bytes(np.arange(9, dtype="<u2").tobytes())
+    assert oneb(["data", "show", str(tmp_path / "x.u16"), "--data-format", "raw"]) == 0
+    assert "9 tokens (9)" in capsys.readouterr().out
     assert oneb(["data", "show", str(tmp_path / "none.npy")]) == 2
     assert "none.npy cannot be read" in capsys.readouterr().err
     np.save(tmp_path / "wild.npy", np.array([3, -1, 2], np.int64))

@@ -152,7 +152,9 @@ def test_missing_data_says_how_to_make_it(tmp_path):
     path = tmp_path / "fineweb_1b.npy"
     assert f"python3 prepare_fineweb.py --tokens 100M --output {path}" in message(path)
     assert "python3 prepare_fineweb.py" in message(tmp_path / "*.npy")
-    assert "a folder without .npy files" in message(tmp_path)
+    assert "a folder without .npy .bin .pt .txt files (it holds none" in message(tmp_path)
+    write_bin(tmp_path / "x.bin", IDS)
+    assert "a folder without .npy files (it holds 1 .bin of" in message(tmp_path)
     with pytest.raises(OnebError, match="'parquet' is not known; wanted one of npy, bin"):
         open_tokens("x", "parquet", vocab_size=VOCAB)
 

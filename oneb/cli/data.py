@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from oneb.cli.guard import reports_mistakes
 from oneb.cli.options import OptionParser
 from oneb.cli.prepare_line import ProgressLine
+from oneb.config import DATA_FORMATS
 from oneb.errors import OnebError
 from oneb.units import format_count
 
 if TYPE_CHECKING:
+    from oneb.data.reading import TokenFile
     from oneb.data.sidecar import Sidecar
     from oneb.data.tokenizer import Tokenizer
     from oneb.data.verify import Statistics
@@ -33,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--length", type=int, default=128, metavar="TOKENS",
                       help="tokens decoded at each place (default: %(default)s)")
     show.add_argument("--seed", type=int, default=0, metavar="N", help="of the places (default: %(default)s)")
+    show.add_argument("--data-format", default="auto", choices=DATA_FORMATS,
+                      help="how tokens are stored (default: %(default)s, by the name's ending)")
     show.add_argument("--tokenizer", metavar="NAME",
                       help="gpt2, bytes or a tokenizer.json; default: what X.npy.meta says")
     return parser
@@ -48,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.samples < 0 or arguments.length < 1:
         raise OnebError(f"--samples {arguments.samples} --length {arguments.length}: wanted at least 0 and 1")
+    tokens = _open(arguments.path, arguments.data_format)
     sidecar = read_sidecar(arguments.path)
     encoding = sidecar.encoding if sidecar else None
     tokenizer, trouble = None, []
@@ -60,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             trouble.append(str(error))
     eot = sidecar.eot if sidecar and sidecar.eot is not None else tokenizer.eot if tokenizer else None
     with contextlib.closing(ProgressLine(sys.stderr)) as line:
-        found = statistics(arguments.path, eot, line.read)
+        found = statistics(tokens, eot, line.read)
     print(f"{arguments.path}: {found.tokens} tokens ({format_count(found.tokens)})")
     if sidecar is not None and sidecar.tokens not in (None, found.tokens):
         trouble.append(f"{arguments.path}.meta says {sidecar.tokens} tokens: it is of another file, and training "
@@ -79,8 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if eot is not None:
         _print_documents(found)
     if tokenizer is not None:
-        _print_samples(arguments, tokenizer)
+        _print_samples(arguments, tokens, tokenizer)
     return 0
+
+
+def _open(path: Path, data_format: str) -> TokenFile:
+    from oneb.data.formats import open_file
+    from oneb.data.tokens import files_of_folder
+
+    if path.is_dir():
+        names = [file.name for file in files_of_folder(path, data_format)]
+        raise OnebError(f"{path} is a folder; wanted one of its files: {', '.join(names[:5])}"
+                        + (f" (of {len(names)})" if len(names) > 5 else ""))
+    return open_file(path, data_format)
 
 
 def _fits(tokenizer: Tokenizer, sidecar: Sidecar | None, n_ids: int) -> bool:
@@ -116,10 +132,10 @@ def _print_documents(found: Statistics) -> None:
           f"10% below {tenth}, 10% above {ninety}, longest {lengths.max()}")
 
 
-def _print_samples(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:
+def _print_samples(arguments: argparse.Namespace, tokens: TokenFile, tokenizer: Tokenizer) -> None:
     from oneb.data.verify import samples
 
-    for place, text in samples(arguments.path, tokenizer, arguments.samples, arguments.length, arguments.seed):
+    for place, text in samples(tokens, tokenizer, arguments.samples, arguments.length, arguments.seed):
         print(f"\n--- tokens {place} to {place + arguments.length}")
         print(text)
 

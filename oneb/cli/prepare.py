@@ -169,6 +169,7 @@ def _report(done: Prepared, seconds: float) -> None:
 
 
 def _verify(path: Path, tokenizer: str, line: ProgressLine) -> None:
+    from oneb.data.formats import open_file
     from oneb.data.sidecar import read_sidecar
     from oneb.data.tokenizer import known_tokenizer, load_tokenizer
     from oneb.data.verify import samples, unsaid, verify
@@ -189,7 +190,7 @@ def _verify(path: Path, tokenizer: str, line: ProgressLine) -> None:
     if known is None:
         print("  no samples: give its tokenizer.json by --tokenizer to see some")
         return
-    for place, text in samples(path, known, 3, 64):
+    for place, text in samples(open_file(path, "auto"), known, 3, 64):
         print(f"  from token {place}: {text!r}")
 
 

@@ -192,7 +192,7 @@ def _find_files(path: str, data_format: str) -> list[Path]:
     if target.is_file():
         return [target]
     if target.is_dir():
-        return _files_of_folder(target, data_format)
+        return files_of_folder(target, data_format)
     matches = sorted(Path(match) for match in glob.glob(str(target), recursive=True))
     files = [match for match in matches if match.is_file() and not is_beside_tokens(match.name)]
     if files:
@@ -205,7 +205,12 @@ def _find_files(path: str, data_format: str) -> list[Path]:
                     f"Make it with: {_MAKE_DATA} {output}")
 
 
-def _files_of_folder(folder: Path, data_format: str) -> list[Path]:
+def files_of_folder(folder: Path, data_format: str) -> list[Path]:
+    """The token files of that format in a folder, sorted by name.
+
+    Raises:
+        OnebError: there are none, or "auto" finds several formats.
+    """
     by_suffix: dict[str, list[Path]] = {suffix: [] for suffix in SUFFIXES}
     for file in sorted(folder.iterdir()):
         if file.suffix in by_suffix and file.is_file() and not is_beside_tokens(file.name):
@@ -214,16 +219,16 @@ def _files_of_folder(folder: Path, data_format: str) -> list[Path]:
         # A .txt beside token files is a readme, so text counts only where nothing else is.
         kinds = [suffix for suffix in SUFFIXES if by_suffix[suffix] and suffix != ".txt"] or [".txt"]
         if len(kinds) > 1:
-            raise OnebError(f"--data {folder} holds several formats ({' '.join(kinds)}); "
+            raise OnebError(f"{folder} holds several formats ({' '.join(kinds)}); "
                             "name one with --data-format")
         suffix = kinds[0]
     else:
         suffix = ".bin" if data_format == "raw" else f".{data_format}"
     if not by_suffix[suffix]:
         others = [f"{len(files)} {other}" for other, files in by_suffix.items() if files]
-        raise OnebError(f"--data {folder} is a folder without {suffix} files (it holds "
-                        f"{', '.join(others) or 'none'} of the known formats). Choose another --data-format, "
-                        f"or make data with: {_MAKE_DATA} {folder / 'fineweb_100m.npy'}")
+        wanted, other = (suffix, "Choose another --data-format, or make") if others else (" ".join(SUFFIXES), "Make")
+        raise OnebError(f"{folder} is a folder without {wanted} files (it holds {', '.join(others) or 'none'} of the "
+                        f"known formats). {other} data with: {_MAKE_DATA} {folder / 'fineweb_100m.npy'}")
     return by_suffix[suffix]
 
 

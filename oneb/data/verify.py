@@ -11,6 +11,7 @@ import numpy as np
 
 from oneb.data.formats import open_file
 from oneb.data.journal import index_path
+from oneb.data.reading import TokenFile
 from oneb.data.sidecar import Sidecar, read_sidecar
 from oneb.data.tokenizer import Tokenizer
 from oneb.errors import OnebError
@@ -43,24 +44,24 @@ class Statistics:
         return np.diff(bounds, prepend=0)
 
 
-def statistics(path: Path, eot: int | None, progress: Callable[[float], None] = lambda fraction: None) -> Statistics:
+def statistics(tokens: TokenFile, eot: int | None,
+               progress: Callable[[float], None] = lambda fraction: None) -> Statistics:
     """Read all of a token file once.
 
     Args:
         progress: called several times a second with how much of it is read.
 
     Raises:
-        OnebError: if it is no whole token file, or its ids are none.
+        OnebError: if its ids are none, or its disk fails.
     """
-    tokens = open_file(path, "auto")
     counts = np.zeros(0, np.int64)
     ends = []
     run = longest = 0
     for start in range(0, len(tokens), _CHUNK_TOKENS):
         ids = tokens.read(start, min(_CHUNK_TOKENS, len(tokens) - start))
         if int(ids.min()) < 0 or int(ids.max()) >= _MAX_VOCABULARY:
-            raise OnebError(f"{path}: ids from {ids.min()} to {ids.max()} near token offset {start} are no token ids; "
-                            "the file is damaged or of another format")
+            raise OnebError(f"{tokens.name}: ids from {ids.min()} to {ids.max()} near token offset {start} are no token "
+                            "ids; the file is damaged or of another format")
         here = np.bincount(ids, minlength=len(counts))
         here[:len(counts)] += counts
         counts = here
@@ -102,7 +103,7 @@ def verify(path: Path, progress: Callable[[float], None] = lambda fraction: None
     with ThreadPoolExecutor(1) as thread:  # hashing lets go of Python's lock
         digest = thread.submit(sha256_file, path) if sidecar.sha256 else None
         try:
-            found = statistics(path, sidecar.eot, progress)
+            found = statistics(open_file(path, "auto"), sidecar.eot, progress)
         finally:  # of a damaged file, that comes first
             if digest is not None and digest.result() != sidecar.sha256:
                 raise OnebError(f"{path} does not have the SHA-256 that {path}.meta gives ({sidecar.sha256}): it was "
@@ -134,9 +135,9 @@ def _check_index(path: Path, index: np.ndarray, found: Statistics) -> None:
                         "again with --force")
 
 
-def samples(path: Path, tokenizer: Tokenizer, n_samples: int, n_tokens: int, seed: int = 0) -> list[tuple[int, str]]:
+def samples(tokens: TokenFile, tokenizer: Tokenizer, n_samples: int, n_tokens: int,
+            seed: int = 0) -> list[tuple[int, str]]:
     """``n_samples`` places of a file, spread over it, each with its offset and its ``n_tokens`` ids as text."""
-    tokens = open_file(path, "auto")
     length = min(n_tokens, len(tokens))
     chance = np.random.default_rng(seed)
     places = [0, *sorted(chance.integers(0, len(tokens) - length + 1, n_samples - 1).tolist())][:n_samples]
