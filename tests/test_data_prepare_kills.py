@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_helpers import books_parquet
+from forked_runs import within
 
 from oneb.cli.prepare import main
 from oneb.data import units
@@ -37,6 +38,21 @@ ROOT = Path(__file__).parents[1]
 COMMAND = ("import sys, oneb.data.units as units, oneb.data.assemble as assemble; units.UNIT_BYTES = 50_000; "
            "assemble._COMMIT_SECONDS = 0.05; from oneb.cli.prepare import main\n"
            "if __name__ == '__main__': sys.exit(main(sys.argv[1:]))")
+# The same as a file, which worker processes read, too: none of them gets beyond the input's first file.
+ENDLESS = """
+import time
+from oneb.data.units import Unit
+from oneb.data.workers import Worker
+
+do = Worker.do
+
+def hold(self, task):
+    if isinstance(task, Unit) and task.file:
+        time.sleep(600)
+    return do(self, task)
+
+Worker.do = hold
+""" + COMMAND
 RESULTS = ("x.npy", "x.npy.meta", "x.npy.idx.npy", "x.npy.sources.json")
 
 
@@ -226,6 +242,13 @@ def command(books: Path, output: Path, workers: int, *more: str) -> list[str]:
             *more]
 
 
+@pytest.fixture
+def endless(books, tmp_path) -> list[str]:
+    """The command with two workers, that comes to no end."""
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    return [sys.executable, str(tmp_path / "endless.py"), *command(books, tmp_path / "x.npy", 2)[3:]]
+
+
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)}
 
@@ -289,21 +312,20 @@ def test_fifty_random_kills(undisturbed, books, tmp_path):
     kill_again_and_again(books, tmp_path, 50, undisturbed)
 
 
-def test_workers_end_with_their_parent_and_are_replaced_by_it(undisturbed, books, tmp_path):
-    process = subprocess.Popen(command(books, tmp_path / "x.npy", 2), env=environment(), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+def test_workers_end_with_their_parent_and_are_replaced_by_it(undisturbed, books, tmp_path, endless):
+    process = subprocess.Popen(endless, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def spawned() -> list[psutil.Process]:
         return [child for child in psutil.Process(process.pid).children() if is_worker(child)]
 
-    while len(children := spawned()) < 2:
-        time.sleep(0.02)
-    children[0].kill()
-    while len(replaced := spawned()) < 2 or children[0] in replaced:
-        time.sleep(0.02)
+    assert within(60, lambda: len(spawned()) == 2)
+    dead, _ = spawned()
+    dead.kill()
+    assert within(60, lambda: len(spawned()) == 2 and dead not in spawned())
+    replaced = spawned()
     process.kill()
     process.wait()
-    gone, alive = psutil.wait_procs(replaced, timeout=20)
+    gone, alive = psutil.wait_procs(replaced, timeout=60)
     assert not alive
     subprocess.run(command(books, tmp_path / "x.npy", 2), env=environment(), check=True, capture_output=True)
     assert results(tmp_path) == undisturbed
@@ -316,13 +338,12 @@ def is_worker(process: psutil.Process) -> bool:
     return False
 
 
-def test_ctrl_c_says_that_the_same_command_continues(undisturbed, books, tmp_path):
+def test_ctrl_c_says_that_the_same_command_continues(undisturbed, books, tmp_path, endless):
     """As a terminal sends it: to every process of the command."""
-    process = subprocess.Popen(command(books, tmp_path / "x.npy", 2), env=environment(), text=True,
-                               start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(endless, env=environment(), text=True, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     state = tmp_path / "x.npy.parts" / "state.json"
-    while not state.exists() or not json.loads(state.read_text())["tokens"]:
-        time.sleep(0.01)
+    assert within(60, lambda: state.exists() and json.loads(state.read_text())["tokens"])
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130

@@ -20,6 +20,7 @@ from queue import SimpleQueue
 import numpy as np
 import psutil
 import pytest
+from forked_runs import within
 
 from oneb.data.growing import GrowingHash
 from oneb.data.parts import ENDS, HEADER_BYTES, TOKENS, Counts, Job, Place
@@ -30,6 +31,7 @@ from oneb.errors import OnebError
 ROOT = Path(__file__).parents[1]
 # A file, not -c: then worker processes are told of these sizes, too.
 SCRIPT = """
+import os
 import sys
 import oneb.data.assemble as assemble, oneb.data.journal as journal, oneb.data.units as units
 import oneb.data.workers as workers
@@ -38,7 +40,7 @@ from oneb.cli.prepare import main
 units.UNIT_BYTES = 3000
 assemble._COMMIT_SECONDS = 0.0
 workers._KEPT_BYTES = 0
-journal._TAKE_OVER_SECONDS = 0.5
+journal._TAKE_OVER_SECONDS = float(os.environ.get("TAKE_OVER_SECONDS", 0.5))
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
@@ -71,17 +73,8 @@ def some_units(folder: Path, n: int) -> list[Unit]:
             for number in range(n)]
 
 
-def is_worker(process: psutil.Process) -> bool:
-    """Alive, and not multiprocessing's own helper."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(process.cmdline())
-    return False
-
-
-def spawned(parent: int | None = None) -> list[psutil.Process]:
-    return [child for child in psutil.Process(parent).children() if is_worker(child)]
-
-
+def workers_of(pool: Pool) -> list[psutil.Process]:
+    return [psutil.Process(hand.process.pid) for hand in pool._hands]
 
 
 # -- Death ---------------------------------------------------------------------------------------
@@ -96,7 +89,7 @@ def test_a_worker_that_dies_is_replaced_and_its_units_go_where_they_would_have_g
         for unit in todo:
             pool.submit(unit)
         if when == "encoding":
-            spawned()[0].kill()
+            workers_of(pool)[0].kill()
         counts: dict[Unit, Counts] = {}
         while len(counts) < 4:
             counts |= {unit: answer for unit, answer in pool.results(1.0) if isinstance(answer, Counts)}
@@ -105,10 +98,10 @@ def test_a_worker_that_dies_is_replaced_and_its_units_go_where_they_would_have_g
             places.append(Place(unit, tokens, documents, counts[unit].tokens))
             tokens, documents = tokens + counts[unit].tokens, documents + counts[unit].documents
         if when == "counted":
-            spawned()[0].kill()
+            workers_of(pool)[0].kill()
             assert pool.results(5.0) == []  # it is seen to be dead: its units are encoded again
         if when == "placing":
-            process = spawned()[0]
+            (process,) = workers_of(pool)
             process.suspend()
             for place in places[:2]:
                 pool.submit(place)
@@ -135,7 +128,7 @@ def test_a_unit_that_kills_its_worker_twice_is_an_error(tmp_path):
     try:
         pool.begin(Job(tmp_path, "gpt2", tmp_path / "ranks", 50256, 50257, "uint16", "text", 1))
         pool.submit(Unit(0, 0, Path("giant.jsonl"), "jsonl", 0, 1, 1.0, True))
-        killers = threading.Thread(target=kill_children, args=(2,))
+        killers = threading.Thread(target=kill_workers, args=(pool, 2), daemon=True)
         killers.start()
         with pytest.raises(OnebError, match="ended by signal 9 while it read giant.jsonl.*fewer --workers"):
             list(iter(lambda: pool.results(0.1), "never"))
@@ -144,13 +137,13 @@ def test_a_unit_that_kills_its_worker_twice_is_an_error(tmp_path):
         pool.close()
 
 
-def kill_children(count: int) -> None:
-    killed: set[int] = set()
+def kill_workers(pool: Pool, count: int) -> None:
+    killed: set[int | None] = set()
     while len(killed) < count:
-        for child in spawned():
-            if child.pid not in killed:
-                child.kill()
-                killed.add(child.pid)
+        for hand in list(pool._hands):
+            if hand.process.pid not in killed:
+                hand.process.kill()
+                killed.add(hand.process.pid)
         time.sleep(0.05)
 
 
@@ -164,7 +157,7 @@ def counted_and_killed(folder: Path) -> tuple[Pool, list[Unit], list[Counts]]:
     counts: dict[Unit, Counts] = {}
     while len(counts) < 2:
         counts |= {unit: answer for unit, answer in pool.results(1.0) if isinstance(answer, Counts)}
-    spawned()[0].kill()
+    workers_of(pool)[0].kill()
     return pool, todo, [counts[unit] for unit in todo]
 
 
@@ -184,8 +177,10 @@ def test_processes_are_forked_where_that_is_safe_and_replaced_by_new_ones(tmp_pa
     with contextlib.closing(Pool(2)) as pool:
         kinds = {type(hand.process).__name__ for hand in pool._hands}
         assert kinds == {"ForkProcess" if threads == 1 else "SpawnProcess"}
-        pool._hands[0].process.kill()
-        pool.results(5.0)
+        first = pool._hands[0].process
+        first.kill()
+        while pool._hands[0].process is first:
+            pool.results(5.0)
         assert type(pool._hands[0].process).__name__ == "SpawnProcess"
 
 
@@ -269,7 +264,7 @@ def environment() -> dict[str, str]:
 def test_workers_that_may_keep_nothing_do_not_wait_for_each_other_for_ever(script, tmp_path):
     inputs = write_lines(tmp_path / "in.jsonl", lines(3000))
     output = tmp_path / "x.npy"
-    subprocess.run(command(script, inputs, output, 3), env=environment(), check=True, timeout=60, capture_output=True)
+    subprocess.run(command(script, inputs, output, 3), env=environment(), check=True, timeout=600, capture_output=True)
     assert np.load(output).tolist() == in_bytes(lines(3000))
 
 
@@ -284,7 +279,7 @@ def test_units_that_are_not_needed_do_not_hold_up_the_end(script, tmp_path):
     # By that time every worker keeps a unit that is not needed, and has two more to do.
     script.write_text(slow_to_place + SCRIPT.replace("_KEPT_BYTES = 0", "_KEPT_BYTES = 1000"))
     todo = command(script, tmp_path / "*.jsonl", output, 2)
-    subprocess.run([*todo, "--tokens", "6"], env=environment(), check=True, timeout=30, capture_output=True)
+    subprocess.run([*todo, "--tokens", "6"], env=environment(), check=True, timeout=600, capture_output=True)
     assert np.load(output).tolist() == in_bytes(texts)[:6]
     (source,) = json.loads((tmp_path / "x.npy.sources.json").read_text())
     assert source["sha256"] == hashlib.sha256((tmp_path / "00.jsonl").read_bytes()).hexdigest()
@@ -299,17 +294,36 @@ def test_a_machine_gets_as_many_processes_as_it_has_memory_for(monkeypatch):
 
 # -- Left over -------------------------------------------------------------------------------------
 
+# Before SCRIPT: the command makes the file of that name once it has 100,000 bytes of tokens, and goes no further.
+HOLD = """
+import time
+from pathlib import Path
+from oneb.data.assemble import Work
+
+report = Work._report
+
+def hold(self):
+    report(self)
+    if self.journal.state.tokens > 50_000:
+        Path({!r}).touch()
+        time.sleep(600)
+
+Work._report = hold
+"""
+
+
 @pytest.fixture
 def stopped(script, tmp_path) -> Iterator[tuple[list[str], list[psutil.Process]]]:
     """A command that was killed while its workers were stopped, and these."""
     inputs = write_lines(tmp_path / "in.jsonl", lines(20_000))
     again = command(script, inputs, tmp_path / "x.npy", 2)
+    script.write_text(HOLD.format(str(tmp_path / "held")) + SCRIPT)
     process = subprocess.Popen(again, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    tokens = tmp_path / "x.npy.parts" / TOKENS
-    while not tokens.exists() or tokens.stat().st_size < 100_000:
-        assert process.poll() is None
-        time.sleep(0.01)
-    left = spawned(process.pid)
+    assert within(60, lambda: (tmp_path / "held").exists() or process.poll() is not None)
+    left = [child for child in psutil.Process(process.pid).children()
+            if "resource_tracker" not in " ".join(child.cmdline())]  # multiprocessing's own helper
+    assert len(left) == 2
+    script.write_text(SCRIPT)
     for worker in left:
         worker.suspend()
     process.kill()
@@ -325,11 +339,15 @@ def test_what_a_killed_command_left_over_is_waited_for(stopped, tmp_path):
     refused = subprocess.run(again, env=environment(), capture_output=True, text=True)
     assert refused.returncode == 2
     assert "worker processes of an earlier command still write" in refused.stderr
+    waits = subprocess.Popen(again, env=environment() | {"TAKE_OVER_SECONDS": "120"}, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+    tokens = str(tmp_path / "x.npy.parts" / TOKENS)
+    assert within(60, lambda: tokens in (file.path for file in psutil.Process(waits.pid).open_files()))
     for worker in left:
         worker.send_signal(signal.SIGCONT)
-    subprocess.run(again, env=environment(), capture_output=True, check=True)
+    assert waits.wait(600) == 0
     assert np.load(tmp_path / "x.npy").tolist() == in_bytes(lines(20_000))
-    assert not psutil.wait_procs(left, timeout=10)[1]
+    assert not psutil.wait_procs(left, timeout=60)[1]
     assert not (tmp_path / "x.npy.parts").exists()
 
 
