@@ -24,24 +24,28 @@ FILES = {
 }
 FIRST = "sample/000.parquet"
 
-# argv: what to do, one thing after the other, as JSON. The outcomes are the last line of stdout.
+# argv: what to do, one thing after the other, as JSON. The outcomes are the last line of stdout. A download that is to
+# be held says so at so many bytes, and goes on once stdin is closed.
 CLIENT = """
 import json, sys, time
 from oneb.data import hub, hub_failures
 from oneb.data.sources import HubDataset
 from oneb.errors import OnebError
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 
 def follow(order):
+    constants.HF_HUB_DOWNLOAD_TIMEOUT = order["timeout"]
     hub_failures._WAITS = (0.1,) * (order["tries"] - 1)
     hub._SLOWEST = tuple(order["slowest"])
     dataset = HubDataset(order["repo"], order["revision"], order["pattern"])
     said, steps, answer = [], [], {"paths": [], "client": []}
     def progress(n_bytes, size):
         steps.append([n_bytes, size])
-        if order["pace"]:
+        time.sleep(order["pace"])
+        if order["hold"] is not None and n_bytes >= order["hold"]:
+            order["hold"] = None
             print("at", n_bytes, flush=True)
-            time.sleep(order["pace"])
+            sys.stdin.read()
     started = time.monotonic()
     try:
         files = hub.list_files(dataset, said.append)
@@ -60,7 +64,7 @@ def follow(order):
 print(json.dumps([follow(order) for order in json.loads(sys.argv[1])]))
 """
 ORDER = {"fetch": [FIRST], "repo": REPO, "revision": COMMIT, "pattern": "sample/*.parquet", "tries": 8, "room": False,
-         "pace": 0.0, "slowest": [60.0, 61440.0]}
+         "pace": 0.0, "hold": None, "timeout": 600.0, "slowest": [600.0, 61440.0]}
 
 
 @dataclass
@@ -85,7 +89,8 @@ class World:
     def start(self, *orders: dict, **environment: str) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-c", CLIENT, json.dumps([ORDER | order for order in orders])],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parents[1],
             env={**os.environ, **self.hub.environment(self.home), **environment})
 
     def run(self, environment: dict[str, str] | None = None, **order) -> Outcome:
@@ -96,17 +101,15 @@ class World:
         return self.outcomes(self.start(*orders, **environment))
 
     def outcomes(self, process: subprocess.Popen) -> list[Outcome]:
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
         assert not err  # the client's own words come through ``say``
         return [Outcome(**answer) for answer in json.loads(out.splitlines()[-1])]
 
     def kill_at(self, n_bytes: int) -> None:
         """Start a download of the first file and kill -9 it as soon as so many bytes are there."""
-        process = self.start({"pace": 0.002})
-        for line in process.stdout:
-            if int(line.split()[1]) >= n_bytes:
-                break
+        process = self.start({"hold": n_bytes})
+        assert process.stdout.readline().startswith("at ")
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL

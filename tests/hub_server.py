@@ -34,6 +34,7 @@ class Fault:
         cut_after, stall_after, trickle_after: send so many bytes of the body, then close, send nothing, or 5 KB
             a second.
         flip: change a byte of the body.
+        path: only of requests with this in their paths.
         no_ranges: send all of the file whatever range was asked for.
         body: instead of the right one.
     """
@@ -47,6 +48,7 @@ class Fault:
     flip: bool = False
     no_ranges: bool = False
     body: bytes | None = None
+    path: str = ""
 
 
 @dataclass
@@ -84,7 +86,12 @@ class Hub:
     def environment(self, home: object) -> dict[str, str]:
         """For a process whose Hub this is, its cache under ``home``."""
         return {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1",
-                "HF_HUB_DOWNLOAD_TIMEOUT": "20", "HF_HUB_ETAG_TIMEOUT": "20", "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
+                "HF_HUB_DOWNLOAD_TIMEOUT": "600", "HF_HUB_ETAG_TIMEOUT": "600", "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
+
+    def recover(self) -> None:
+        """No more faults."""
+        with self.lock:
+            self.faults.clear()
 
 
 @contextlib.contextmanager
@@ -121,7 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
                           authorized="Authorization" in self.headers)
         with self.hub.lock:
             self.hub.requests.append(request)
-            fault = next((fault for fault in self.hub.faults if fault.where == where), None)
+            fault = next((fault for fault in self.hub.faults if fault.where == where and fault.path in request.path),
+                         None)
             if fault is not None:
                 self.hub.faults.remove(fault)
         return request, fault
@@ -143,13 +151,13 @@ class _Handler(BaseHTTPRequestHandler):
         stops = [stop for stop in (fault.cut_after, fault.stall_after, fault.trickle_after) if stop is not None]
         whole = min([len(body), *stops])
         for first in range(0, whole, _STEP):
-            self.wfile.write(body[first:min(first + _STEP, whole)])
             if request is not None:
-                request.sent = min(first + _STEP, whole)
+                request.sent = min(first + _STEP, whole)  # before: a client that has it all may be looked at at once
+            self.wfile.write(body[first:min(first + _STEP, whole)])
         if stops:
             self.close_connection = True
         if fault.stall_after is not None:
-            self.hub.closing.wait(60)
+            self.hub.closing.wait(600)
         elif fault.trickle_after is not None:
             for first in range(whole, len(body), 100):
                 self.wfile.write(body[first:first + 100])
@@ -229,8 +237,8 @@ class _HubHandler(_Handler):
 class _CdnHandler(_Handler):
     def do_GET(self) -> None:
         _, owner, name, path = unquote(urlsplit(self.path).path).split("/", 3)
-        if path in self.hub.held:
-            self.hub.held[path].wait(60)
+        if (held := self.hub.held.get(path)) is not None:
+            held.wait(600)
         request, fault = self.begin("cdn")
         data = self.hub.datasets[f"{owner}/{name}"][path]
         if fault is not None and (fault.status is not None or fault.body is not None):

@@ -125,18 +125,25 @@ def test_downloads_survive_many_kills(world):
 
 
 def test_cut_stalled_and_trickling_connections_continue(world):
-    world.hub.faults += [Fault("cdn", cut_after=1_000_000), Fault("cdn", stall_after=1_000_000),
-                         Fault("cdn", trickle_after=400_000)]
-    outcome = world.run({"HF_HUB_DOWNLOAD_TIMEOUT": "1"}, slowest=[0.5, 30_000.0])
-    assert_whole(outcome)
-    assert len(outcome.said) == 3
-    assert all(f"{REPO}/{FIRST}: " in message for message in outcome.said)
-    assert "Timeout" in outcome.said[1] or "timed out" in outcome.said[1]
-    assert "only" in outcome.said[2]
-    assert outcome.seconds < 20
-    starts = [request.start for request in world.hub.asked("cdn")]
-    # What was under way in the client's buffer at the cut comes again, no more than that.
-    assert all(start > least for start, least in zip(starts, (-1, 900_000, 1_800_000, 2_200_000), strict=True))
+    cut, stalled, trickled = (f"sample/00{number}.parquet" for number in range(3))
+    world.hub.faults += [Fault("cdn", cut_after=1_000_000, path=cut), Fault("cdn", stall_after=1_000_000, path=stalled),
+                         Fault("cdn", trickle_after=400_000, path=trickled)]
+    outcomes = world.run_each({"fetch": [cut]}, {"fetch": [stalled], "timeout": 1.0},
+                              {"fetch": [trickled], "slowest": [0.5, 30_000.0]})
+    for outcome, path in zip(outcomes, (cut, stalled, trickled), strict=True):
+        assert_whole(outcome, path)
+        assert all(f"{REPO}/{path}: " in message for message in outcome.said)
+        starts = [request.start for request in world.hub.asked("cdn") if path in request.path]
+        # A slow machine's connections may stall and trickle, too.
+        assert len(starts) == len(outcome.said) + 1 == 2 or path != cut
+        assert starts[0] == 0
+        # What was written at the cut does not come again.
+        have = [n_bytes for n_bytes, _ in outcome.steps]
+        assert have == sorted(have)
+        assert set(starts[1:]) <= set(have)
+    assert any("Timeout" in message or "timed out" in message for message in outcomes[1].said)
+    assert any("only" in message for message in outcomes[2].said)
+    assert outcomes[2].seconds < 300  # at that pace, the rest would take 520 s
 
 
 def test_it_gives_up_only_after_failures_in_a_row(world):
@@ -166,21 +173,26 @@ def test_ranges_that_are_ignored_or_refused_begin_again(world):
 # -- Refused -------------------------------------------------------------------------------------
 
 def test_it_waits_as_long_as_the_server_asks(world):
+    dates = []
+
+    def date() -> str:
+        dates.append(int(time.time() + 2))  # in whole seconds: at least one of them is left
+        return formatdate(dates[-1], usegmt=True)
+
     world.hub.faults += [
         Fault("api", status=429, headers={"RateLimit": '"api";r=0;t=1',
                                           "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}),
         Fault("resolve", status=429, headers={"Retry-After": "2"}),
-        # In whole seconds: at least one of them is left.
-        Fault("cdn", status=503, headers={"Retry-After": lambda: formatdate(time.time() + 2, usegmt=True)}),
+        Fault("cdn", status=503, headers={"Retry-After": date}),
     ]
     outcome = world.run()
     assert_whole(outcome)
     assert len(outcome.said) == 3
-    assert all("(as the server asks)" in message for message in outcome.said)
+    assert all("(as the server asks)" in message for message in outcome.said[:2])
     at = {where: [request.at for request in world.hub.asked(where)] for where in ("api", "resolve", "cdn")}
     assert at["api"][1] - at["api"][0] >= 1
     assert at["resolve"][1] - at["resolve"][0] >= 2
-    assert at["resolve"][2] - at["cdn"][0] >= 0.9
+    assert at["resolve"][2] + time.time() - time.monotonic() > dates[0] - 0.1
 
 
 def test_a_long_wait_is_left_to_the_user(world):
@@ -188,7 +200,7 @@ def test_a_long_wait_is_left_to_the_user(world):
     outcome = world.run()
     assert "the server answered 429" in outcome.error
     assert "run the command again in 2h 00m" in outcome.error
-    assert outcome.seconds < 5
+    assert outcome.seconds < 300
 
 
 def test_server_errors_are_tried_again_everywhere(world):
@@ -292,8 +304,8 @@ def test_room_is_looked_for_first(world):
 
 def test_a_disk_that_fills_up_meanwhile(world, disk):
     world.home = disk(8 * 2**20)
-    process = world.start({"pace": 0.01})
-    process.stdout.readline()  # it is under way
+    process = world.start({"hold": 1})
+    assert process.stdout.readline().startswith("at ")  # it is under way
     large = fill(world.home)
     full, = world.outcomes(process)
     assert "No space left on device" in full.error
