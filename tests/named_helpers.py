@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -114,7 +114,7 @@ class Machine:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, **self.hub.environment(self.folder / "home"), "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+        return {**os.environ, **self.hub.environment(self.folder / "home")}
 
     def read(self, name: str = NAME, **environment: str) -> subprocess.Popen:
         return self.start(READ, str(self.data), name, **environment)
@@ -138,7 +138,7 @@ class Machine:
         return {row["step"]: row["loss"] for row in self.rows("train")}
 
     def wait_for_step(self, step: int, process: subprocess.Popen) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while step not in self.losses():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
@@ -146,6 +146,16 @@ class Machine:
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == code, out + err
     return out, err
+
+
+def read_until(stream: IO[str], text: str) -> str:
+    """The lines of a process's output up to the one with ``text`` in it."""
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError(f"{text!r} is not in: {''.join(lines)}")
