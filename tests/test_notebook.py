@@ -3,11 +3,14 @@
 import os
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = "notebooks/launch_1b_colab.ipynb"
@@ -39,14 +42,21 @@ def is_parameters(cell) -> bool:
     return "parameters" in cell.metadata.get("tags", ())
 
 
-def test_the_notebook_trains_plots_and_samples(checkout, monkeypatch):
+@pytest.fixture
+def sockets() -> Iterator[Config]:
+    """A kernel that is spoken to through files, of short names: a port that was free may be taken by now."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
+
+
+def test_the_notebook_trains_plots_and_samples(checkout, sockets, monkeypatch):
     # The kernel is this Python, whichever kernels the machine has.
     monkeypatch.setenv("JUPYTER_PATH", str(checkout / "jupyter"))
     write_kernel(checkout / "jupyter/kernels/python3")
     notebook = nbformat.read(checkout / NOTEBOOK, as_version=4)
     (parameters,) = [cell for cell in notebook.cells if is_parameters(cell)]
     parameters.source = PARAMETERS
-    client = NotebookClient(notebook, timeout=240, kernel_name="python3",
+    client = NotebookClient(notebook, timeout=600, startup_timeout=300, kernel_name="python3", config=sockets,
                             resources={"metadata": {"path": str(checkout / "notebooks")}})
     client.execute()
 
