@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 __all__ = ["books_npy", "gpt2_cache"]
 
 # A test that a busy machine slows down is not a failed test.
-settings.register_profile("oneb", deadline=None)
+settings.register_profile("oneb", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("oneb")
 
 _SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -200,7 +200,7 @@ def test_other_archives_are_refused(made, directory, damage):
 
 # ---- at random
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.data())
 def test_flipped_bytes_with_a_right_sidecar_are_an_error_or_a_checkpoint(made, directory, data):
     """In the pickle and the archive's own bytes; among the weights any bytes are weights."""
