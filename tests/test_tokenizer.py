@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
@@ -18,11 +17,9 @@ import pytest
 from data_helpers import books_parquet
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from oneb.data import encode
-from oneb.data.encode import FastGpt2, Gpt2Reference, checked_fast, make_encoder, pieces, trial_texts
+from oneb.data.encode import Fast, Gpt2Reference, checked_fast, make_encoder, pieces, trial_texts
 from oneb.data.tokenizer import _gpt2, known_tokenizer, load_tokenizer
 from oneb.errors import OnebError
 
@@ -90,13 +87,13 @@ def test_an_older_tiktoken_gives_the_same_vocabulary(gpt2_cache, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def fast(ranks) -> FastGpt2:
+def fast(ranks) -> Fast:
     encoder, trouble = checked_fast(load_tokenizer("gpt2"), ranks)
     assert trouble == ""
     return encoder
 
 
-def differing(fast: FastGpt2, texts) -> list[str]:
+def differing(fast: Fast, texts) -> list[str]:
     """Texts that gigatoken and plain tiktoken encode differently."""
     import tiktoken
 
@@ -179,7 +176,7 @@ def test_pieces_of_a_document_encode_to_the_whole(fast, words):
 def test_what_gigatoken_remembers_is_bounded(ranks, monkeypatch):
     """Words never seen before, 40 MB of them: gigatoken alone would keep every one, some 300 MB."""
     monkeypatch.setattr(encode, "_CACHE_BYTES", 64 * 2**20)
-    fast, chance = FastGpt2(ranks), np.random.default_rng(0)
+    fast, chance = Fast("gpt2", ranks), np.random.default_rng(0)
     process = psutil.Process()
     before = peak = process.memory_info().rss
     for _ in range(10):
@@ -199,39 +196,14 @@ def test_without_gigatoken_tiktoken_does_the_work_and_says_so(ranks, monkeypatch
 
 
 def test_a_gigatoken_that_differs_is_not_used(ranks, monkeypatch):
-    right = FastGpt2.encode
-    monkeypatch.setattr(FastGpt2, "encode", lambda self, document: right(self, document.replace(b"don't", b"dont")))
+    right = Fast.encode
+    monkeypatch.setattr(Fast, "encode", lambda self, document: right(self, document.replace(b"don't", b"dont")))
     encoder, trouble = checked_fast(load_tokenizer("gpt2"), ranks)
     assert encoder is None
     assert "differently from tiktoken" in trouble
 
 
-# -- tokenizer.json ------------------------------------------------------------------------------
-
-@pytest.fixture
-def trained(tmp_path) -> Path:
-    """A byte-level BPE as Hugging Face saves it, with the special token ``<end>``."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(["the quick brown fox"] * 9, trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<pad>", "<end>"], initial_alphabet=alphabet))
-    backend.save(str(tmp_path / "tokenizer.json"))
-    return tmp_path / "tokenizer.json"
-
-
-def test_a_tokenizer_file(trained):
-    with pytest.raises(OnebError, match="no token in it ends a document"):
-        load_tokenizer(str(trained))
-    trained.with_name("tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
-    tokenizer = load_tokenizer(str(trained))
-    assert (tokenizer.eot, tokenizer.name) == (1, str(trained))
-    for text in ("the quick fox", "<end>", " caf\u00e9 \U0001f600\n"):
-        ids = tokenizer.encode(text)
-        assert tokenizer.eot not in ids
-        assert tokenizer.decode(ids) == text
-    assert make_encoder(str(trained), None).encode(b"the fox").tolist() == tokenizer.encode("the fox")
-
+# -- What files say ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("said", ["/etc/passwd", "../tokenizer.json", "x.json", "gpt2; rm -rf /", "llama", "$(id)"])
 def test_what_a_file_says_is_never_a_path_to_open(said):

@@ -1,4 +1,4 @@
-"""Documents to token ids as fast as they can be had: GPT-2 by gigatoken, checked against tiktoken, which stands in."""
+"""Documents to token ids as fast as they can be had: by gigatoken, checked against the tokenizer's own package."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import os
 import random
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from oneb.data.tokenizer import Gpt2Tokenizer, Tokenizer, load_tokenizer
+from oneb.data.new_characters import NEW, NEW_LETTERS
+from oneb.data.tokenizer import FileTokenizer, Gpt2Tokenizer, Tokenizer, load_tokenizer
 
 PIECE_BYTES = 4 * 2**20  # a long document is encoded in pieces of about so many bytes
 _CACHE_BYTES = 256 * 2**20
@@ -26,31 +28,6 @@ SAFE_CUT = re.compile(rb"[!-~](?=[ \n])")
 # White space as Unicode (and the pattern) has it; Python's \s also takes the separators U+001C to U+001F.
 _SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 _LONG_SPACES = re.compile(f"{_SPACE}{{{_LONG_SPACE},}}")
-
-
-# Letters, numbers and marks that Unicode 15.1, 16 and 17 added beyond U+FFFF (DerivedAge.txt). gigatoken 0.10 knows
-# those of 17, tiktoken 0.14 does not, and one may be updated before the other: such a document is tiktoken's.
-_NEW_CHARACTERS = (
-    (0x105C0, 0x105FF), (0x10940, 0x1095F), (0x10D40, 0x10D8F), (0x10EC2, 0x10EFF), (0x11380, 0x113FF),
-    (0x11B60, 0x11B6F), (0x11BC0, 0x11BFF), (0x11DB0, 0x11DEF), (0x13460, 0x143FF), (0x16100, 0x1613F),
-    (0x16D40, 0x16D7F), (0x16EA0, 0x16EDF), (0x18CF2, 0x18CFF), (0x18D09, 0x18D1F), (0x18D80, 0x18DFF),
-    (0x1E5D0, 0x1E5FF), (0x1E6C0, 0x1E6FF), (0x2EBF0, 0x2EE5F), (0x323B0, 0x3347F),
-)
-
-
-def _in_blocks(ranges: Iterable[tuple[int, int]]) -> re.Pattern[bytes]:
-    """Finds UTF-8 of these code points and of others in the same 64: all begin with the byte F0."""
-    thirds: dict[int, set[int]] = {}
-    for first, last in ranges:
-        for block in range(first >> 6, (last >> 6) + 1):
-            _, second, third, _ = chr(block << 6).encode()
-            thirds.setdefault(second, set()).add(third)
-    tails = (re.escape(bytes([second])) + b"[" + re.escape(bytes(sorted(found))) + b"]"
-             for second, found in thirds.items())
-    return re.compile(b"\xf0(?:" + b"|".join(tails) + b")")
-
-
-_NEW = _in_blocks(_NEW_CHARACTERS)
 
 
 class Encoder(Protocol):
@@ -105,28 +82,32 @@ class Gpt2Reference:
         return np.array(ids, np.uint32)
 
 
-class FastGpt2:
+class Fast:
     """gigatoken, without special tokens: a literal ``<|endoftext|>`` is text.
 
     It keeps every word that it has met; it is loaded anew once these take 256 MiB. Documents with the newest
-    characters of Unicode, which the two may split differently, are tiktoken's.
+    characters of Unicode, which the two may split differently, are the reference's.
 
     Args:
-        ranks: a ``.tiktoken`` file.
+        encoding: the tokenizer's name.
+        vocabulary: what ``write_vocabulary`` wrote of it.
     """
 
-    splits = True
-
-    def __init__(self, ranks: Path) -> None:
-        self._ranks = ranks
-        self._reference: Gpt2Reference | None = None
+    def __init__(self, encoding: str, vocabulary: Path) -> None:
+        self.splits = encoding == "gpt2"
+        self._new = NEW_LETTERS if encoding == "gpt2" else NEW  # GPT-2's pattern asks for letters and numbers alone
+        self._encoding, self._vocabulary = encoding, vocabulary
+        self._reference: Encoder | None = None
         self._load()
 
     def _load(self) -> None:
         # Not the package itself: that one wants more packages, for what is not used here.
-        from gigatoken.gigatoken_rs import BPETokenizer
+        from gigatoken.gigatoken_rs import BPETokenizer, load_hf_json
 
-        self._backend = BPETokenizer.from_tiktoken(self._ranks, "gpt2", None)
+        if self._vocabulary.suffix == ".json":
+            self._backend = load_hf_json(self._vocabulary.read_bytes())
+        else:
+            self._backend = BPETokenizer.from_tiktoken(self._vocabulary, "gpt2", None)
         self._memory, self._since = _resident_bytes(), 0
 
     def encode(self, document: bytes) -> np.ndarray:
@@ -135,8 +116,8 @@ class FastGpt2:
             self._since = 0
             if _resident_bytes() - self._memory > _CACHE_BYTES:
                 self._load()
-        if b"\xf0" in document and _NEW.search(document):  # most documents have none: looking for a byte is quicker
-            self._reference = self._reference or Gpt2Reference(Gpt2Tokenizer())
+        if self._new.are_in(document):
+            self._reference = self._reference or reference_encoder(load_tokenizer(self._encoding))
             return self._reference.encode(document)
         return self._backend.encode(document)
 
@@ -149,31 +130,47 @@ def _resident_bytes() -> int:
         return 0
 
 
-def checked_fast(tokenizer: Gpt2Tokenizer, ranks: Path) -> tuple[FastGpt2 | None, str]:
-    """gigatoken, if it encodes some hundred strings as tiktoken does; else None and why not, in words.
+def write_vocabulary(tokenizer: Tokenizer, folder: Path) -> Path | None:
+    """Write the file by which gigatoken knows a tokenizer into ``folder``; None for one that it has no part in."""
+    if isinstance(tokenizer, Gpt2Tokenizer):
+        path, content = folder / "gpt2.tiktoken", tokenizer.ranks
+    elif isinstance(tokenizer, FileTokenizer):
+        path, content = folder / "tokenizer.json", tokenizer.without_special_tokens
+    else:
+        return None
+    path.write_bytes(content)
+    return path
+
+
+def checked_fast(tokenizer: Tokenizer, vocabulary: Path) -> tuple[Fast | None, str]:
+    """gigatoken, if it encodes many strings as the tokenizer's own package does; else None and why not, in words.
 
     Args:
-        ranks: a file of ``tokenizer.ranks``.
+        vocabulary: what ``write_vocabulary`` wrote of it.
     """
+    own, texts = "tiktoken", trial_texts()
+    if isinstance(tokenizer, FileTokenizer):  # it may be one that nobody has compared yet
+        own = "the tokenizers package"
+        texts = chain(trial_texts(2000), (f"a{token} b{token}{token}\n{token}c" for token in tokenizer.added_tokens))
     try:
-        fast = FastGpt2(ranks)
-        text = _encoded_otherwise(fast, Gpt2Reference(tokenizer))
+        fast = Fast(tokenizer.name, vocabulary)
+        text = _encoded_otherwise(fast, reference_encoder(tokenizer), texts)
     except ImportError:
-        return None, ("the gigatoken package is not installed, so tiktoken does its work, many times slower: "
+        return None, (f"the gigatoken package is not installed, so {own} does its work, many times slower: "
                       "python3 -m pip install gigatoken")
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # fallback: another version of it, perhaps. A panic in Rust is no Exception
-        return None, f"gigatoken does not work here ({str(error)[:100]}), so tiktoken does its work, many times slower"
+        return None, f"gigatoken does not work here ({str(error)[:100]}), so {own} does its work, many times slower"
     if text is not None:
-        return None, (f"gigatoken encodes {text[:40]!r} differently from tiktoken, which therefore does its "
+        return None, (f"gigatoken encodes {text[:40]!r} differently from {own}, which therefore does its "
                       "work, many times slower; please report this")
     return fast, ""
 
 
-def _encoded_otherwise(fast: Encoder, reference: Encoder) -> str | None:
+def _encoded_otherwise(fast: Encoder, reference: Encoder, texts: Iterable[str]) -> str | None:
     """A text that the two encode differently."""
-    for text in trial_texts():
+    for text in texts:
         with contextlib.suppress(UnicodeEncodeError):
             document = text.encode()
             if not np.array_equal(fast.encode(document), reference.encode(document)):
@@ -181,11 +178,13 @@ def _encoded_otherwise(fast: Encoder, reference: Encoder) -> str | None:
     return None
 
 
-def make_encoder(encoding: str, ranks: Path | None) -> Encoder:
-    """The encoder of a tokenizer's name; GPT-2's by gigatoken if there are ``ranks``."""
-    if ranks is not None:
-        return FastGpt2(ranks)
-    tokenizer = load_tokenizer(encoding)
+def make_encoder(encoding: str, vocabulary: Path | None) -> Encoder:
+    """The encoder of a tokenizer's name, by gigatoken if there is a ``vocabulary`` for it."""
+    return reference_encoder(load_tokenizer(encoding)) if vocabulary is None else Fast(encoding, vocabulary)
+
+
+def reference_encoder(tokenizer: Tokenizer) -> Encoder:
+    """The encoder that a tokenizer's own package is."""
     if isinstance(tokenizer, Gpt2Tokenizer):
         return Gpt2Reference(tokenizer)
     return BytesEncoder() if tokenizer.name == "bytes" else ReferenceEncoder(tokenizer)

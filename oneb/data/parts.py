@@ -29,7 +29,7 @@ class Job:
     Attributes:
         folder: holds the files that tokens and documents' ends are written to.
         encoding: the tokenizer's name.
-        ranks: GPT-2's vocabulary for gigatoken, None to go without it.
+        vocabulary: the tokenizer's file for gigatoken, None to go without it.
         eot, vocab_size, dtype: of the ids.
         text_column: of parquet and JSON documents.
         n_files: of the whole input.
@@ -37,7 +37,7 @@ class Job:
 
     folder: Path
     encoding: str
-    ranks: Path | None
+    vocabulary: Path | None
     eot: int
     vocab_size: int
     dtype: str

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from oneb.data.assemble import Progress, Work
-from oneb.data.encode import FastGpt2, checked_fast
+from oneb.data.encode import Fast, checked_fast, write_vocabulary
 from oneb.data.journal import Journal, parts_folder
 from oneb.data.parts import Job
 from oneb.data.sidecar import Sidecar
 from oneb.data.sources import InputFile, Skipped, check_kinds
-from oneb.data.tokenizer import Gpt2Tokenizer, Tokenizer, load_tokenizer
+from oneb.data.tokenizer import Tokenizer, load_tokenizer
 from oneb.data.units import UNIT_BYTES
 from oneb.data.workers import InProcess, Pool, disk_trouble
 from oneb.errors import OnebError
@@ -140,19 +140,18 @@ def _disk_trouble_told(folder: Path) -> Iterator[None]:
 
 def _begin(workers: InProcess | Pool, files: Sequence[InputFile], tokenizer: Tokenizer, journal: Journal,
            text_column: str, say: Callable[[str], None]) -> Job:
-    """Tell the workers what the job is. GPT-2's vocabulary they load while it is checked here."""
+    """Tell the workers what the job is. The vocabulary they load while it is checked here."""
     job = Job(journal.folder, tokenizer.name, None, tokenizer.eot, tokenizer.vocab_size, journal.dtype.name,
               text_column, len(files))
-    encoder: FastGpt2 | None = None
-    if isinstance(tokenizer, Gpt2Tokenizer) and any(file.kind != "tokens" for file in files):
-        ranks = journal.folder / "gpt2.tiktoken"
-        ranks.write_bytes(tokenizer.ranks)
-        workers.begin(replace(job, ranks=ranks))
-        encoder, trouble = checked_fast(tokenizer, ranks)
+    encoder: Fast | None = None
+    if any(file.kind != "tokens" for file in files) and (
+            vocabulary := write_vocabulary(tokenizer, journal.folder)) is not None:
+        workers.begin(replace(job, vocabulary=vocabulary))
+        encoder, trouble = checked_fast(tokenizer, vocabulary)
         if encoder is None:
             say(f"warning: {trouble}")
         else:
-            job = replace(job, ranks=ranks)
+            job = replace(job, vocabulary=vocabulary)
     workers.begin(job, encoder)
     return job
 

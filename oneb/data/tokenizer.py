@@ -149,11 +149,24 @@ class FileTokenizer:
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._text = text
         self.name = str(path)
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.eot = _end_of_text(path, vocabulary)
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """Tokens beside the model's own, the special ones among them."""
+        return [token["content"] for token in json.loads(self._text).get("added_tokens", ())]
+
+    @property
+    def without_special_tokens(self) -> bytes:
+        """A ``tokenizer.json`` that takes special tokens for text, as ``encode`` does."""
+        definition = json.loads(self._text)
+        added = [token for token in definition.get("added_tokens", ()) if not token.get("special")]
+        return json.dumps(definition | {"added_tokens": added, "truncation": None, "padding": None}).encode()
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids

@@ -60,8 +60,8 @@ def statistics(tokens: TokenFile, eot: int | None,
     for start in range(0, len(tokens), _CHUNK_TOKENS):
         ids = tokens.read(start, min(_CHUNK_TOKENS, len(tokens) - start))
         if int(ids.min()) < 0 or int(ids.max()) >= _MAX_VOCABULARY:
-            raise OnebError(f"{tokens.name}: ids from {ids.min()} to {ids.max()} near token offset {start} are no token "
-                            "ids; the file is damaged or of another format")
+            raise OnebError(f"{tokens.name}: ids from {ids.min()} to {ids.max()} near token offset {start} are no "
+                            "token ids; the file is damaged or of another format")
         here = np.bincount(ids, minlength=len(counts))
         here[:len(counts)] += counts
         counts = here

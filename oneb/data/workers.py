@@ -58,8 +58,8 @@ class Worker:
     def load(self) -> None:
         """Make ready what most tasks need, before the first one is here."""
         with contextlib.suppress(Exception):  # fallback: the parent loads it, too, and says what is wrong with it
-            if self._job is not None and self._job.ranks is not None:
-                self._encoder = make_encoder(self._job.encoding, self._job.ranks)
+            if self._job is not None and self._job.vocabulary is not None:
+                self._encoder = make_encoder(self._job.encoding, self._job.vocabulary)
 
     def do(self, task: Task) -> Answer:
         """What a :data:`Result` holds.
@@ -80,7 +80,7 @@ class Worker:
 
     def _encode(self, task: Unit, job: Job) -> Counts:
         if self._encoder is None and task.kind != "tokens":
-            self._encoder = make_encoder(job.encoding, job.ranks)
+            self._encoder = make_encoder(job.encoding, job.vocabulary)
         part = self._kept[task] = encode_unit(task, job, self._encoder)
         return part.counts
 

@@ -1,0 +1,83 @@
+"""The characters that Unicode 15, 15.1, 16 and 17 added: packages that split text into words by Unicode's properties
+know them from different releases on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cached_property
+
+# First and last code point of each range: DerivedAge.txt and DerivedGeneralCategory.txt of Unicode 17.
+_LETTERS_NUMBERS_MARKS = (
+    (0x88F, 0x88F), (0x897, 0x897), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0xCF3, 0xCF3), (0xECE, 0xECE), (0x1ACF, 0x1ADD),
+    (0x1AE0, 0x1AEB), (0x1C89, 0x1C8A), (0xA7CB, 0xA7CF), (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4), (0xA7DA, 0xA7DC),
+    (0xA7F1, 0xA7F1), (0x105C0, 0x105F3), (0x10940, 0x10959), (0x10D40, 0x10D65), (0x10D69, 0x10D6D),
+    (0x10D6F, 0x10D85), (0x10EC2, 0x10EC7), (0x10EFA, 0x10EFF), (0x1123F, 0x11241), (0x11380, 0x11389),
+    (0x1138B, 0x1138B), (0x1138E, 0x1138E), (0x11390, 0x113B5), (0x113B7, 0x113C0), (0x113C2, 0x113C2),
+    (0x113C5, 0x113C5), (0x113C7, 0x113CA), (0x113CC, 0x113D3), (0x113E1, 0x113E2), (0x116D0, 0x116E3),
+    (0x11B60, 0x11B67), (0x11BC0, 0x11BE0), (0x11BF0, 0x11BF9), (0x11DB0, 0x11DDB), (0x11DE0, 0x11DE9),
+    (0x11F00, 0x11F10), (0x11F12, 0x11F3A), (0x11F3E, 0x11F42), (0x11F50, 0x11F5A), (0x1342F, 0x1342F),
+    (0x13440, 0x13455), (0x13460, 0x143FA), (0x16100, 0x16139), (0x16D40, 0x16D6C), (0x16D70, 0x16D79),
+    (0x16EA0, 0x16EB8), (0x16EBB, 0x16ED3), (0x16FF2, 0x16FF6), (0x187F8, 0x187FF), (0x18CFF, 0x18CFF),
+    (0x18D09, 0x18D1E), (0x18D80, 0x18DF2), (0x1B132, 0x1B132), (0x1B155, 0x1B155), (0x1CCF0, 0x1CCF9),
+    (0x1D2C0, 0x1D2D3), (0x1DF25, 0x1DF2A), (0x1E030, 0x1E06D), (0x1E08F, 0x1E08F), (0x1E4D0, 0x1E4F9),
+    (0x1E5D0, 0x1E5FA), (0x1E6C0, 0x1E6DE), (0x1E6E0, 0x1E6F5), (0x1E6FE, 0x1E6FF), (0x2B739, 0x2B73F),
+    (0x2CEA2, 0x2CEAD), (0x2EBF0, 0x2EE5D), (0x31350, 0x33479),
+)
+_OTHERS = (
+    (0x1B4E, 0x1B4F), (0x1B7F, 0x1B7F), (0x20C1, 0x20C1), (0x2427, 0x2429), (0x2B96, 0x2B96), (0x2FFC, 0x2FFF),
+    (0x31E4, 0x31E5), (0x31EF, 0x31EF), (0xFBC3, 0xFBD2), (0xFD90, 0xFD91), (0xFDC8, 0xFDCE), (0x10D6E, 0x10D6E),
+    (0x10D8E, 0x10D8F), (0x10ED0, 0x10ED8), (0x113D4, 0x113D5), (0x113D7, 0x113D8), (0x11B00, 0x11B09),
+    (0x11BE1, 0x11BE1), (0x11F43, 0x11F4F), (0x13439, 0x1343F), (0x16D6D, 0x16D6F), (0x1CC00, 0x1CCEF),
+    (0x1CCFA, 0x1CCFC), (0x1CD00, 0x1CEB3), (0x1CEBA, 0x1CED0), (0x1CEE0, 0x1CEF0), (0x1E5FF, 0x1E5FF),
+    (0x1F6D8, 0x1F6D8), (0x1F6DC, 0x1F6DC), (0x1F774, 0x1F77F), (0x1F7D9, 0x1F7D9), (0x1F8B2, 0x1F8BB),
+    (0x1F8C0, 0x1F8C1), (0x1F8D0, 0x1F8D8), (0x1FA54, 0x1FA57), (0x1FA75, 0x1FA77), (0x1FA87, 0x1FA8A),
+    (0x1FA8E, 0x1FA8F), (0x1FAAD, 0x1FAAF), (0x1FABB, 0x1FABF), (0x1FAC6, 0x1FAC6), (0x1FAC8, 0x1FAC8),
+    (0x1FACD, 0x1FACF), (0x1FADA, 0x1FADC), (0x1FADF, 0x1FADF), (0x1FAE8, 0x1FAEA), (0x1FAEF, 0x1FAEF),
+    (0x1FAF7, 0x1FAF8), (0x1FBCB, 0x1FBEF), (0x1FBFA, 0x1FBFA),
+)
+_CHANGED = ((0x1DF6, 0x1DF6),)  # its combining class, and so the order of marks where text is normalized
+
+
+class Characters:
+    """Some characters, to be found in UTF-8.
+
+    Args:
+        ranges: first and last code point of each.
+    """
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        self._tails = _tails(ranges)
+        self._first_bytes = sorted({lead[:1] for lead in self._tails})
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[bytes]:
+        return re.compile(_any_of(self._tails))
+
+    def are_in(self, document: bytes) -> bool:
+        """Whether one is. Most documents have not even the first byte of one, which is quick to see."""
+        return any(first in document for first in self._first_bytes) and self._pattern.search(document) is not None
+
+
+def _tails(ranges: Iterable[tuple[int, int]]) -> dict[bytes, list[bytes]]:
+    """The UTF-8 of code points: all bytes but the last, and which last ones follow, each as a range in a set."""
+    tails: dict[bytes, list[bytes]] = {}
+    for first, last in ranges:
+        for block in range(first >> 6, (last >> 6) + 1):
+            begin, end = (chr(code).encode() for code in (max(first, block << 6), min(last, block << 6 | 63)))
+            tails.setdefault(begin[:-1], []).append(re.escape(begin[-1:]) + b"-" + re.escape(end[-1:]))
+    return tails
+
+
+def _any_of(tails: dict[bytes, list[bytes]]) -> bytes:
+    """A pattern of them that looks at one byte after the other: no long list of alternatives anywhere."""
+    by_first: dict[bytes, dict[bytes, list[bytes]]] = {}
+    for lead, last in tails.items():
+        if not lead:
+            return b"[" + b"".join(last) + b"]"
+        by_first.setdefault(lead[:1], {})[lead[1:]] = last
+    return b"(?:" + b"|".join(re.escape(first) + _any_of(rest) for first, rest in by_first.items()) + b")"
+
+
+NEW_LETTERS = Characters(_LETTERS_NUMBERS_MARKS)
+NEW = Characters((*_LETTERS_NUMBERS_MARKS, *_OTHERS, *_CHANGED))
