@@ -5,7 +5,8 @@
     python3 bench/prepare.py --books ../shared/data/books --megabytes 0 --source-megabytes 0 --tokens-1b
     python3 bench/prepare.py --books books --megabytes 2000 --source-megabytes 0 --workers 1 2 4 8 16 --no-loop
 
-The loop is the one over ``tiktoken.encode_ordinary`` that one would write first. All ways read the same files in one
+The loop is the one over ``tiktoken.encode_ordinary`` that one would write first; for a tokenizer.json it is over the
+tokenizers package's batches, for which that uses all cores. All ways read the same files in one
 run: the books as they are, and ``--megabytes`` of text made from them (each copy of a book has its words moved about,
 so that no text repeats). They take turns, so that a busy moment meets all; the fastest of ``--rounds`` counts. The
 tokens of all ways must be the same, to the last one.
@@ -50,9 +51,30 @@ for path in sorted(__import__("pathlib").Path(sys.argv[1]).glob("*.parquet")):
         ids.clear()
 out.flush()
 """
+LOOP_OF_FILE = """
+import sys
+import numpy as np, pyarrow.parquet as pq
+from tokenizers import Tokenizer
+encoding = Tokenizer.from_file(sys.argv[4])
+encoding.encode_special_tokens = True
+eot = encoding.token_to_id("<|endoftext|>")
+ids = []
+written = 0
+out = np.lib.format.open_memmap(sys.argv[2], "w+", np.uint16, (int(sys.argv[3]),))
+for path in sorted(__import__("pathlib").Path(sys.argv[1]).glob("*.parquet")):
+    parquet = pq.ParquetFile(path)
+    for group in range(parquet.num_row_groups):
+        texts = parquet.read_row_group(group, columns=["text"])["text"].to_pylist()
+        for encoded in encoding.encode_batch_fast(texts, add_special_tokens=False):
+            ids += encoded.ids
+            ids.append(eot)
+        out[written:written + len(ids)] = ids
+        written += len(ids)
+        ids.clear()
+out.flush()
+"""
 BILLION = 10**9
 BILLION_MEGABYTES = 4250  # of the books' text hold so many tokens
-SLOW = 8  # a tokenizer.json takes so many times longer: it gets as much less text
 SHARD_TOKENS = 200_000_000
 
 
@@ -141,27 +163,35 @@ def row(source: str, tokenizer: str, way: str, processes: int, n_bytes: int, n_t
     return made
 
 
-def compare(name: str, folder: Path, work: Path, workers: list[int], rounds: int, *, loop: bool) -> list[dict]:
-    """Every way of preparing a folder of parquet files; the rows also say how many ``times`` the loop's speed."""
+def compare(name: str, folder: Path, work: Path, workers: list[int], rounds: int, *, loop: bool,
+            tokenizer: Path | None = None) -> list[dict]:
+    """Every way of preparing a folder of parquet files; the rows also say how many ``times`` the loop's speed.
+
+    Args:
+        tokenizer: a tokenizer.json; None is GPT-2's.
+    """
+    options = ["--tokenizer", str(tokenizer)] if tokenizer else []
+    code, more = (LOOP_OF_FILE, [str(tokenizer)]) if tokenizer else (LOOP, [])
     takes: dict[int, list[Took]] = {}  # by processes; the loop's are under 0
     hashes: dict[int, str] = {}
     output, n_tokens = work / "ours.npy", 0
     for _ in range(rounds):
         for count in workers:
-            takes.setdefault(count, []).append(prepare(folder, output, count))
+            takes.setdefault(count, []).append(prepare(folder, output, count, *options))
             n_tokens = len(np.load(output, mmap_mode="r"))
             hashes[count] = tokens_sha256(output)
         if loop:
             target = work / "loop.npy"
             target.unlink(missing_ok=True)
             takes.setdefault(0, []).append(
-                measure([sys.executable, "-c", LOOP, str(folder), str(target), str(n_tokens)]))
+                measure([sys.executable, "-c", code, str(folder), str(target), str(n_tokens), *more]))
             hashes[0] = tokens_sha256(target)
     if len(set(hashes.values())) != 1:
         raise SystemExit(f"{name}: the tokens differ: {hashes}")
     best = {count: fastest(found) for count, found in takes.items()}
     n_bytes = text_bytes(folder)
-    rows = [row(name, "gpt2", "oneb" if count else "loop", count or 1, n_bytes, n_tokens, took)
+    used = tokenizer.name if tokenizer else "gpt2"
+    rows = [row(name, used, "oneb" if count else "loop", count or 1, n_bytes, n_tokens, took)
             for count, took in best.items()]
     for made in rows:
         made["of_one_process"] = best[workers[0]].seconds / made["seconds"]
@@ -173,16 +203,13 @@ def compare(name: str, folder: Path, work: Path, workers: list[int], rounds: int
     return rows
 
 
-def by_source(texts: list[str], work: Path, workers: list[int], rounds: int) -> list[dict]:
+def by_source(texts: list[str], work: Path, workers: list[int], rounds: int, *, loop: bool) -> list[dict]:
     """Each kind of file with GPT-2's tokenizer; parquet with the others, too."""
-    few = texts[:max(1, len(texts) // SLOW)]
     train_tokenizer(texts[:max(1, len(texts) // 30)], work / "tokenizer.json")
     folders = make_sources(texts, work)
-    (work / "few").mkdir()
-    fewer = make_sources(few, work / "few")["parquet"]
-    n_bytes, n_few = (sum(len(text.encode()) for text in some) for some in (texts, few))
+    n_bytes = sum(len(text.encode()) for text in texts)
     cases = [(kind, "gpt2", folder, n_bytes) for kind, folder in folders.items()]
-    cases += [("parquet", "bytes", folders["parquet"], n_bytes), ("parquet", "tokenizer.json", fewer, n_few)]
+    cases.append(("parquet", "bytes", folders["parquet"], n_bytes))
     prepare(folders["parquet"], work / "tokens.npy", workers[-1])
     shards = work / "bin"
     shards.mkdir()
@@ -194,17 +221,18 @@ def by_source(texts: list[str], work: Path, workers: list[int], rounds: int) -> 
     for _ in range(rounds):
         for case, (_, tokenizer, folder, _) in enumerate(cases):
             for count in workers:
-                named = str(work / tokenizer) if tokenizer.endswith(".json") else tokenizer
                 takes.setdefault((case, count), []).append(
-                    prepare(folder, work / "ours.npy", count, "--tokenizer", named))
+                    prepare(folder, work / "ours.npy", count, "--tokenizer", tokenizer))
                 hashes.setdefault(case, set()).add(tokens_sha256(work / "ours.npy"))
                 lengths[case] = len(np.load(work / "ours.npy", mmap_mode="r"))
     same = [hashes[case] for case, (kind, tokenizer, *_) in enumerate(cases)
             if tokenizer == "gpt2" and kind.startswith(("parquet", "jsonl"))]
     if any(len(found) != 1 for found in hashes.values()) or any(found != same[0] for found in same):
         raise SystemExit(f"the tokens differ: {hashes}")
-    return [row(kind, tokenizer, "oneb", count, n_bytes, lengths[case], fastest(takes[case, count]))
+    rows = [row(kind, tokenizer, "oneb", count, n_bytes, lengths[case], fastest(takes[case, count]))
             for case, (kind, tokenizer, _, n_bytes) in enumerate(cases) for count in workers]
+    return rows + compare("parquet", folders["parquet"], work, workers, rounds, loop=loop,
+                          tokenizer=work / "tokenizer.json")
 
 
 def billion(books: Path, work: Path, workers: list[int]) -> list[dict]:
@@ -263,7 +291,7 @@ def main() -> int:
             if not arguments.megabytes:
                 arguments.megabytes = arguments.source_megabytes
             texts = list(texts_of(made_texts(arguments, work), arguments.source_megabytes * 10**6))
-            rows += by_source(texts, sources, workers, rounds)
+            rows += by_source(texts, sources, workers, rounds, loop=loop)
             shutil.rmtree(sources)
         if arguments.tokens_1b:
             rows += billion(arguments.books, work, workers)

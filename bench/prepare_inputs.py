@@ -96,12 +96,18 @@ def make_shards(tokens: Path, folder: Path, n_tokens: int, shard_tokens: int = 1
             shard.tofile(file)
 
 
-def train_tokenizer(texts: list[str], path: Path, vocab_size: int = 8000) -> None:
+# How Llama 3's tokenizer.json splits text, and tiktoken's cl100k_base (openai_public.py).
+_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+          r"\s+(?!\S)|\s+")
+
+
+def train_tokenizer(texts: list[str], path: Path, vocab_size: int = 32000) -> None:
     """A byte-level BPE as a Hugging Face ``tokenizer.json``."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_SPLIT), "isolated"), in_bytes])
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
