@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,11 +53,11 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def sha256_file(path: str | os.PathLike) -> str:
-    """Hex SHA-256 of a file, read in chunks."""
+def sha256_file(path: str | os.PathLike, cancelled: Callable[[], bool] = lambda: False) -> str:
+    """Hex SHA-256 of a file, read in chunks; of a part of it once ``cancelled`` says so."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
+        while (chunk := file.read(_HASH_CHUNK)) and not cancelled():
             digest.update(chunk)
     return digest.hexdigest()
 

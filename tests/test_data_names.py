@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from oneb.cli.data_size import count_tokens
-from oneb.data.names import DataName, parse_name
+from oneb.data.names import DataName, named_folder, parse_name
 from oneb.errors import OnebError
 
 
@@ -30,6 +30,15 @@ def test_names(text, source, n_tokens, folder):
 @pytest.mark.parametrize("path", ["fineweb_1b.npy", "demo", "data/", "*.npy", "/a:b/c.npy", "a b:1B", "x.npy:y:1B"])
 def test_paths_are_no_names(path):
     assert parse_name(path) is None
+
+
+def test_what_is_no_path_at_all_and_damaged_manifests_tell_nothing(tmp_path):
+    assert named_folder("x" * 300) is None
+    assert named_folder("~nobody-of-that-name/x") is None
+    for content in ("[]", "{", *(f'{{"files": [{{"name": "a.bin", "tokens": {n}}}]}}' for n in ('"x"', "null"))):
+        (tmp_path / "dataset.json").write_text(content)
+        assert named_folder(str(tmp_path)) == tmp_path
+        assert count_tokens(str(tmp_path), "npy") is None
 
 
 def test_a_file_called_like_a_name_is_a_file(tmp_path, monkeypatch):

@@ -314,6 +314,9 @@ def test_mistakes_are_explained(inputs, tmp_path, capsys, gpt2_cache):
                                                              "*", "--tokens", "1M")
     assert "--verify only reads a.npy; --tokens, --force: for" in command_fails(
         capsys, "--verify", "a.npy", "--tokens", "1M", "--force")
+    assert "--text-column: for --output" in command_fails(capsys, "--verify", "a.npy", "--text-column", "text")
+    assert "--tokenizer is empty" in fails(capsys, output, "--input", inputs, "--tokenizer", "")
+    assert "--input is empty" in fails(capsys, output, "--input", "")
     assert not output.exists()
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +100,35 @@ def test_reading_a_long_file_shows_progress(made, capsys, monkeypatch):
             [" 25%", "read"], [" 50%", "read"], [" 75%", "read"], ["100%", "read"]]
 
 
+def test_verify_decodes_by_no_other_tokenizer(made, gpt2_cache, capsys):
+    assert prepare(["--verify", str(made), "--tokenizer", "bytes"]) == 0
+    assert "from token 0: 'file 0" in capsys.readouterr().out
+    assert prepare(["--verify", str(made), "--tokenizer", "gpt2"]) == 2
+    assert "the file is right, but gpt2 is not the tokenizer that made it" in capsys.readouterr().err
+    assert prepare(["--verify", str(made), "--tokenizer", "none.json"]) == 2
+    assert "none.json cannot be read" in capsys.readouterr().err
+
+
+def test_verify_is_interrupted_while_it_hashes(made, monkeypatch):
+    """Whatever the hash would say: and it does not read on to the end."""
+    change(made.with_name("x.npy.meta"), "sha256: ", "sha256: 0")
+    cancelled = threading.Event()
+
+    def hash_for_ever(path: Path, stopped: Callable[[], bool]) -> str:
+        while not stopped():
+            time.sleep(0.01)
+        cancelled.set()
+        return ""
+
+    def interrupt(fraction: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "sha256_file", hash_for_ever)
+    with pytest.raises(KeyboardInterrupt):
+        verify.verify(made, interrupt)
+    assert cancelled.is_set()
+
+
 def change(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
@@ -166,10 +198,10 @@ def test_ids_beyond_a_tokenizer_are_not_decoded(tmp_path, capsys):
     assert "bytes is not the tokenizer that made this file" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--samples", "-1"], ["--length", "0"]])
+@pytest.mark.parametrize("words", [["--samples", "-1"], ["--length", "0"], ["--seed", "-1"]])
 def test_samples_that_cannot_be(made, capsys, words):
     assert oneb(["data", "show", str(made), *words]) == 2
-    assert "wanted at least 0 and 1" in capsys.readouterr().err
+    assert "wanted at least 0, 1 and 0" in capsys.readouterr().err
 
 
 def test_verify_says_what_it_could_not_compare(made, capsys):
@@ -178,7 +210,7 @@ def test_verify_says_what_it_could_not_compare(made, capsys):
     assert "does not say sha256, so that was not compared" in capsys.readouterr().err
     rewrite(made, encoding="own.json")
     assert prepare(["--verify", str(made)]) == 0
-    assert "no samples: give its tokenizer.json" in capsys.readouterr().out
+    assert "no samples: the tokenizer is said to be 'own.json', which is none" in capsys.readouterr().out
     Path(f"{made}.meta").write_text("")
     assert prepare(["--verify", str(made)]) == 2
     assert "says nothing that could be compared" in capsys.readouterr().err

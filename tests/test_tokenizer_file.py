@@ -93,7 +93,7 @@ def test_fuzzed_strings_and_books_are_encoded_as_its_own_package_does(fast, toke
     assert not differing(fast, tokenizer, texts)
 
 
-@given(text=st.text(st.sampled_from("a\u0301B1 \n\t'</>\u2581\u088f\u20c1\U00016ea0\U0001f6d8\u4e2d"), max_size=40)
+@given(text=st.text(st.sampled_from("e\u0301\u07fd1 \n\t'</>\u2581\u088f\u20c1\U00016ea0\U0001f6d8\u4e2d"), max_size=40)
        | st.text(max_size=40)
        | st.lists(st.sampled_from(["</s>", "<tool>", "  ", "<pad>", "a", " "])).map("".join))
 def test_any_text_is_encoded_as_its_own_package_does(fast, tokenizer, text):
@@ -140,11 +140,85 @@ def test_a_gigatoken_that_differs_in_an_added_token_is_not_used(tokenizer, tmp_p
     assert "differently from the tokenizers package" in trouble
 
 
+def edited(tmp_path: Path, **changes) -> Path:
+    """A file like Llama 3's in which ``model`` and ``added_tokens`` (of content and whether special) are changed."""
+    backend = byte_level(SPLITS["as Llama 3"])
+    for token, special in changes.pop("added_tokens", {}).items():
+        (backend.add_special_tokens if special else backend.add_tokens)([
+            AddedToken(token, special=special, normalized=False)])
+    definition = json.loads(backend.to_str())
+    definition["model"] |= changes.pop("model", {})
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(definition | changes))
+    return path
+
+
+def trouble_with(path: Path, folder: Path) -> str:
+    tokenizer = load_tokenizer(str(path))
+    return checked_fast(tokenizer, write_vocabulary(tokenizer, folder))[1]
+
+
+def test_tokens_that_overlap_are_its_own_packages(tmp_path):
+    """Of a special token's last characters the package makes no other one."""
+    assert trouble_with(edited(tmp_path, added_tokens={"<|x|>": True, "|>user": False}), tmp_path).startswith(
+        "gigatoken encodes 'a<|x|>user b' differently")
+    assert trouble_with(edited(tmp_path, added_tokens={"<|x|>": True, "<|user|>": False}), tmp_path) == ""
+
+
+@pytest.mark.parametrize("odd", ["an id twice", "an added token's id"])
+def test_what_contradicts_itself_is_its_own_packages(tmp_path, capsys, odd):
+    definition = json.loads(edited(tmp_path).read_text())
+    if odd == "an id twice":
+        definition["model"]["vocab"]["zzz"] = 7
+    else:
+        definition["added_tokens"].append({**definition["added_tokens"][0], "id": 4 * 10**9, "content": "<huge>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    (tmp_path / "a.txt").write_text("a<huge>b")
+    assert main(["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "x.npy"),
+                 "--tokenizer", str(tmp_path / "tokenizer.json")]) == 0
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert np.load(tmp_path / "x.npy").tolist() == [*tokenizer.encode("a<huge>b"), tokenizer.eot]
+    assert "several words of this tokenizer have one id, or an added token" in capsys.readouterr().err
+
+
+def test_nothing_is_left_to_chance_or_cut(tmp_path):
+    limits = {"truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}}
+    whole = load_tokenizer(str(edited(tmp_path))).encode("the quick brown fox")
+    path = edited(tmp_path, model={"dropout": 0.9}, **limits)
+    assert load_tokenizer(str(path)).encode("the quick brown fox") == whole
+    assert trouble_with(path, tmp_path) == ""
+
+
+def test_a_byte_order_mark(tmp_path):
+    path = edited(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert trouble_with(path, tmp_path) == ""
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"[]", b"{}", b"\xff", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+    b'{"model": {"type": "WordLevel", "vocab": {"\x00": -1}, "unk_token": "?"}}'])
+def test_what_is_no_tokenizer_is_explained(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(OnebError, match=r"tokenizer.json (cannot be read|: no token|: no)|no token in it ends"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("beside", ['{"eos_token": ["</s>"]}', "[]", "{", '{"eos_token": null}'])
+def test_a_config_beside_it_that_says_nothing(tmp_path, beside):
+    path = edited(tmp_path)
+    path.with_name("tokenizer_config.json").write_text(beside)
+    assert load_tokenizer(str(path)).eot == 1
+
+
 def test_what_ends_a_document(tmp_path):
     path = tmp_path / "tokenizer.json"
     backend = byte_level(SPLITS["as Llama 3"])
     path.write_text(backend.to_str().replace("</s>", "<end>"))
     with pytest.raises(OnebError, match="no token in it ends a document"):
+        load_tokenizer(str(path))
+    path.with_name("tokenizer_config.json").write_text(json.dumps({"eos_token": "<eot>"}))
+    with pytest.raises(OnebError, match="has no token '<eot>', which tokenizer_config.json beside it calls eos_token"):
         load_tokenizer(str(path))
     path.with_name("tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
     tokenizer = load_tokenizer(str(path))
@@ -161,7 +235,7 @@ def test_what_ends_a_document(tmp_path):
 @pytest.mark.parametrize(("characters", "inside", "outside"), [
     (NEW_LETTERS, "\u088f\u1acf\u1add\ua7cb\ua7dc\U000105c0\U000143fa\U00031350\U00033479",
      "\u0890\u1ace\u20c1\ua7ca\ua7dd\U000143fb\U0003134f\U0003347a\u4e2d\u00e9a"),
-    (NEW, "\u088f\u1df6\u20c1\u2ffc\u31ef\ufbc3\ufdce\U0001f6d8\U0001faf8",
+    (NEW, "\u07fd\u088f\u1df6\u20c1\u2ffc\u31ef\ufbc3\ufdce\U0001f6d8\U0001faf8",
      "\u1df5\u20c0\u2ffb\u31f0\ufbc2\U0001f600a")])
 def test_new_characters_are_found(characters, inside, outside):
     assert [found for found in inside if not characters.are_in(f"x{found}y".encode())] == []

@@ -18,7 +18,6 @@ from oneb.units import format_count
 
 if TYPE_CHECKING:
     from oneb.data.reading import TokenFile
-    from oneb.data.sidecar import Sidecar
     from oneb.data.tokenizer import Tokenizer
     from oneb.data.verify import Statistics
 
@@ -47,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 shown, 2 a user's mistake."""
     from oneb.data.sidecar import read_sidecar
     from oneb.data.tokenizer import known_tokenizer, load_tokenizer
-    from oneb.data.verify import statistics
+    from oneb.data.verify import fits, statistics
 
     arguments = build_parser().parse_args(argv)
-    if arguments.samples < 0 or arguments.length < 1:
-        raise OnebError(f"--samples {arguments.samples} --length {arguments.length}: wanted at least 0 and 1")
+    if arguments.samples < 0 or arguments.length < 1 or arguments.seed < 0:
+        raise OnebError(f"--samples {arguments.samples} --length {arguments.length} --seed {arguments.seed}: wanted at "
+                        "least 0, 1 and 0")
     tokens = _open(arguments.path, arguments.data_format)
     sidecar = read_sidecar(arguments.path)
     encoding = sidecar.encoding if sidecar else None
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sidecar is not None and sidecar.tokens not in (None, found.tokens):
         trouble.append(f"{arguments.path}.meta says {sidecar.tokens} tokens: it is of another file, and training "
                        "refuses the two")
-    if tokenizer is not None and not _fits(tokenizer, sidecar, len(found.counts)):
+    if tokenizer is not None and not fits(tokenizer, sidecar, len(found.counts)):
         trouble.append(f"{tokenizer.name} is not the tokenizer that made this file, so nothing is decoded")
         tokenizer = None
     if sidecar is not None:
@@ -97,12 +97,6 @@ def _open(path: Path, data_format: str) -> TokenFile:
         raise OnebError(f"{path} is a folder; wanted one of its files: {', '.join(names[:5])}"
                         + (f" (of {len(names)})" if len(names) > 5 else ""))
     return open_file(path, data_format)
-
-
-def _fits(tokenizer: Tokenizer, sidecar: Sidecar | None, n_ids: int) -> bool:
-    """Whether ids below ``n_ids``, of a file with this sidecar, can be the tokenizer's."""
-    other = sidecar is not None and sidecar.tokenizer_sha256 not in (None, tokenizer.sha256)
-    return n_ids <= tokenizer.vocab_size and not other
 
 
 def _print_ids(found: Statistics, tokenizer: Tokenizer | None) -> None:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from oneb.data.sources import InputFile
 
 _PACKAGES = ("numpy", "tiktoken", "pyarrow", "huggingface_hub")
-_SOURCE, _SOURCE_FILES = "fineweb-edu", "*.parquet"
+_SOURCE, _SOURCE_FILES, _TOKENIZER, _TEXT_COLUMN = "fineweb-edu", "*.parquet", "gpt2", "text"
 _OF_THE_HUB = ("source", "source_files", "retokenize")
-_OF_MAKING = ("input", *_OF_THE_HUB, "tokens", "workers", "force")
+_OF_MAKING = ("input", *_OF_THE_HUB, "tokens", "text_column", "workers", "force")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,22 +46,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", nargs="+", metavar="PATH",
                         help="read these instead of --source: .parquet, .jsonl(.gz, .zst), .txt (a .txt is one "
                              "document) or .bin (ready GPT-2 tokens) files, folders or globs of them")
-    # Those of the Hub have no default, so that one given beside --input is noticed.
+    # Most have no default, so that one that nobody would read is noticed.
     parser.add_argument("--source", metavar="NAME",
                         help="dataset on the Hugging Face Hub: fineweb-edu, fineweb, or owner/name[@revision] of one "
                              f"with parquet files (default: {_SOURCE})")
     parser.add_argument("--source-files", metavar="PATTERN",
                         help=f"the files of an owner/name (default: {_SOURCE_FILES}; * also crosses folders)")
-    parser.add_argument("--retokenize", action="store_true",
+    parser.add_argument("--retokenize", action="store_true", default=None,
                         help="tokenize text also where the Hub has the tokens ready (default: take these)")
-    parser.add_argument("--tokenizer", default="gpt2", metavar="NAME",
+    parser.add_argument("--tokenizer", metavar="NAME",
                         help="gpt2: 50257 ids; bytes: 257 ids; or the path of a Hugging Face tokenizer.json "
-                             "(default: %(default)s)")
-    parser.add_argument("--text-column", default="text", metavar="NAME",
-                        help="where parquet and JSON documents keep their text (default: %(default)s)")
+                             f"(default: {_TOKENIZER}; with --verify what X.npy.meta says)")
+    parser.add_argument("--text-column", metavar="NAME",
+                        help=f"where parquet and JSON documents keep their text (default: {_TEXT_COLUMN})")
     parser.add_argument("--workers", type=int, metavar="N",
                         help="processes (default: one a core, if there is memory and work for so many)")
-    parser.add_argument("--force", action="store_true",
+    parser.add_argument("--force", action="store_true", default=None,
                         help="replace --output if it exists (default: refuse)")
     parser.add_argument("--verify", type=Path, metavar="X.npy",
                         help="make nothing: read X.npy again, compare it with what is said of it, decode samples")
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     """That no option contradicts another, or would be read by nobody."""
     def given(names: Sequence[str]) -> str:
-        return ", ".join("--" + name.replace("_", "-") for name in names if getattr(arguments, name))
+        return ", ".join("--" + name.replace("_", "-") for name in names if getattr(arguments, name) is not None)
 
     if (arguments.output is None) == (arguments.verify is None):
         raise OnebError("wanted either --output X.npy, to make it, or --verify X.npy")
@@ -102,11 +102,16 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.input and (of_the_hub := given(_OF_THE_HUB)):
         raise OnebError(f"--input takes files of this machine, {of_the_hub} those of the Hugging Face Hub; "
                         "wanted one of the two")
-    if arguments.source_files and "/" not in (arguments.source or ""):
+    if arguments.source_files is not None and "/" not in (arguments.source or ""):
         raise OnebError(f"--source-files {arguments.source_files} needs --source owner/name; "
                         f"{arguments.source or _SOURCE} has files of its own")
     if arguments.workers is not None and arguments.workers < 1:
         raise OnebError(f"--workers {arguments.workers}: wanted at least 1")
+    for name in ("source", "source_files", "tokenizer", "text_column"):
+        if getattr(arguments, name) == "":
+            raise OnebError(f"{given([name])} is empty; leave it out, or give it a value")
+    if "" in (arguments.input or ()):
+        raise OnebError("--input is empty; wanted a file, a folder or a glob ('.' is this folder)")
 
 
 def _require_packages() -> None:
@@ -123,13 +128,13 @@ def _prepare(arguments: argparse.Namespace, line: ProgressLine) -> None:
     if arguments.tokens is None and not arguments.input:
         raise OnebError(f"--source {arguments.source or _SOURCE} needs --tokens (it holds billions); "
                         "for instance --tokens 100M")
-    check_output(arguments.output, arguments.tokens, force=arguments.force)
+    check_output(arguments.output, arguments.tokens, force=bool(arguments.force))
     files, source, revision = _files(arguments, line.say)
     workers = arguments.workers or default_workers(files, arguments.tokens, usable_workers())
     started = time.monotonic()
-    done = prepare(files, arguments.tokenizer, arguments.output, source=source, revision=revision,
-                   n_tokens=arguments.tokens, text_column=arguments.text_column, n_workers=workers,
-                   force=arguments.force, say=line.say, progress=line.update)
+    done = prepare(files, arguments.tokenizer or _TOKENIZER, arguments.output, source=source, revision=revision,
+                   n_tokens=arguments.tokens, text_column=arguments.text_column or _TEXT_COLUMN, n_workers=workers,
+                   force=bool(arguments.force), say=line.say, progress=line.update)
     line.close()
     _report(done, time.monotonic() - started)
 
@@ -144,7 +149,8 @@ def _files(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[l
     from oneb.data.hub_sources import hub_inputs
 
     return hub_inputs(arguments.source or _SOURCE, arguments.source_files or _SOURCE_FILES, say=say,
-                      tokenizer=arguments.tokenizer, n_tokens=arguments.tokens, retokenize=arguments.retokenize)
+                      tokenizer=arguments.tokenizer or _TOKENIZER, n_tokens=arguments.tokens,
+                      retokenize=bool(arguments.retokenize))
 
 
 def _report(done: Prepared, seconds: float) -> None:
@@ -168,11 +174,11 @@ def _report(done: Prepared, seconds: float) -> None:
               f"{tokens + done.short_by} asked for; the file is whole, but shorter", file=sys.stderr)
 
 
-def _verify(path: Path, tokenizer: str, line: ProgressLine) -> None:
+def _verify(path: Path, tokenizer: str | None, line: ProgressLine) -> None:
     from oneb.data.formats import open_file
     from oneb.data.sidecar import read_sidecar
     from oneb.data.tokenizer import known_tokenizer, load_tokenizer
-    from oneb.data.verify import samples, unsaid, verify
+    from oneb.data.verify import fits, samples, unsaid, verify
 
     found = verify(path, line.read)
     line.close()
@@ -181,15 +187,16 @@ def _verify(path: Path, tokenizer: str, line: ProgressLine) -> None:
     assert sidecar is not None
     if missing := unsaid(sidecar):
         print(f"warning: it does not say {', '.join(missing)}, so that was not compared", file=sys.stderr)
-    # The option has a default, which says nothing about this file.
-    named = tokenizer if tokenizer.endswith(".json") else None
-    try:
-        known = load_tokenizer(named) if named else known_tokenizer(sidecar.encoding) if sidecar.encoding else None
-    except OnebError:  # the file is right all the same
-        known = None
-    if known is None:
-        print("  no samples: give its tokenizer.json by --tokenizer to see some")
-        return
+    if tokenizer is not None:
+        known = load_tokenizer(tokenizer)
+        if not fits(known, sidecar, len(found.counts)):
+            raise OnebError(f"the file is right, but {known.name} is not the tokenizer that made it; give that one")
+    else:
+        try:
+            known = known_tokenizer(sidecar.encoding or "unknown")
+        except OnebError as error:  # the file is right all the same
+            print(f"  no samples: {error}")
+            return
     for place, text in samples(open_file(path, "auto"), known, 3, 64):
         print(f"  from token {place}: {text!r}")
 

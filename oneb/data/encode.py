@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from oneb.data.new_characters import NEW, NEW_LETTERS
 from oneb.data.tokenizer import FileTokenizer, Gpt2Tokenizer, Tokenizer, load_tokenizer
 
 PIECE_BYTES = 4 * 2**20  # a long document is encoded in pieces of about so many bytes
-_CACHE_BYTES = 256 * 2**20
+_CACHE_BYTES, _LEAST_CACHE_BYTES = 256 * 2**20, 64 * 2**20
+_PROCESS_BYTES = 700 * 2**20  # of memory; what is read, written and loaded anew comes on top
 _LONG_SPACE = 10_000  # characters
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
@@ -85,8 +86,8 @@ class Gpt2Reference:
 class Fast:
     """gigatoken, without special tokens: a literal ``<|endoftext|>`` is text.
 
-    It keeps every word that it has met; it is loaded anew once these take 256 MiB. Documents with the newest
-    characters of Unicode, which the two may split differently, are the reference's.
+    It keeps every word that it has met; it is loaded anew once these take 256 MiB, or less where the process is large
+    already. Documents with the newest characters of Unicode, which the two may split differently, are the reference's.
 
     Args:
         encoding: the tokenizer's name.
@@ -104,22 +105,24 @@ class Fast:
         # Not the package itself: that one wants more packages, for what is not used here.
         from gigatoken.gigatoken_rs import BPETokenizer, load_hf_json
 
+        self._backend: Any = None  # the old one would take its memory beside the new one
         if self._vocabulary.suffix == ".json":
             self._backend = load_hf_json(self._vocabulary.read_bytes())
         else:
             self._backend = BPETokenizer.from_tiktoken(self._vocabulary, "gpt2", None)
-        self._memory, self._since = _resident_bytes(), 0
+        held, self._since = _resident_bytes(), 0
+        self._most = held + max(_LEAST_CACHE_BYTES, min(_CACHE_BYTES, _PROCESS_BYTES - held))
 
     def encode(self, document: bytes) -> np.ndarray:
         self._since += len(document)
         if self._since >= PIECE_BYTES:
             self._since = 0
-            if _resident_bytes() - self._memory > _CACHE_BYTES:
+            if _resident_bytes() > self._most:
                 self._load()
-        if self._new.are_in(document):
-            self._reference = self._reference or reference_encoder(load_tokenizer(self._encoding))
-            return self._reference.encode(document)
-        return self._backend.encode(document)
+        if not self._new.are_in(document):
+            return self._backend.encode(document)
+        self._reference = self._reference or reference_encoder(load_tokenizer(self._encoding))
+        return self._reference.encode(document)
 
 
 def _resident_bytes() -> int:
@@ -130,11 +133,22 @@ def _resident_bytes() -> int:
         return 0
 
 
+@contextlib.contextmanager
+def _panics_raised() -> Iterator[None]:
+    """Raise a panic in Rust, which is no Exception, as a RuntimeError."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise RuntimeError(str(panic)) from panic
+
+
 def write_vocabulary(tokenizer: Tokenizer, folder: Path) -> Path | None:
-    """Write the file by which gigatoken knows a tokenizer into ``folder``; None for one that it has no part in."""
+    """Write the file by which gigatoken knows a tokenizer into ``folder``; None for one that it should not be given."""
     if isinstance(tokenizer, Gpt2Tokenizer):
         path, content = folder / "gpt2.tiktoken", tokenizer.ranks
-    elif isinstance(tokenizer, FileTokenizer):
+    elif isinstance(tokenizer, FileTokenizer) and tokenizer.is_regular:
         path, content = folder / "tokenizer.json", tokenizer.without_special_tokens
     else:
         return None
@@ -151,17 +165,17 @@ def checked_fast(tokenizer: Tokenizer, vocabulary: Path) -> tuple[Fast | None, s
     own, texts = "tiktoken", trial_texts()
     if isinstance(tokenizer, FileTokenizer):  # it may be one that nobody has compared yet
         own = "the tokenizers package"
-        texts = chain(trial_texts(2000), (f"a{token} b{token}{token}\n{token}c" for token in tokenizer.added_tokens))
+        texts = chain(trial_texts(2000), tokenizer.trial_texts())
     try:
-        fast = Fast(tokenizer.name, vocabulary)
-        text = _encoded_otherwise(fast, reference_encoder(tokenizer), texts)
+        with _panics_raised():
+            fast = Fast(tokenizer.name, vocabulary)
+            text = _encoded_otherwise(fast, reference_encoder(tokenizer), texts)
     except ImportError:
         return None, (f"the gigatoken package is not installed, so {own} does its work, many times slower: "
                       "python3 -m pip install gigatoken")
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # fallback: another version of it, perhaps. A panic in Rust is no Exception
-        return None, f"gigatoken does not work here ({str(error)[:100]}), so {own} does its work, many times slower"
+    except Exception as error:  # fallback: another version of it, or a tokenizer of a kind that it has not
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        return None, f"gigatoken does not work here ({reason}), so {own} does its work, many times slower"
     if text is not None:
         return None, (f"gigatoken encodes {text[:40]!r} differently from {own}, which therefore does its "
                       "work, many times slower; please report this")
@@ -180,7 +194,10 @@ def _encoded_otherwise(fast: Encoder, reference: Encoder, texts: Iterable[str]) 
 
 def make_encoder(encoding: str, vocabulary: Path | None) -> Encoder:
     """The encoder of a tokenizer's name, by gigatoken if there is a ``vocabulary`` for it."""
-    return reference_encoder(load_tokenizer(encoding)) if vocabulary is None else Fast(encoding, vocabulary)
+    if vocabulary is not None:
+        with contextlib.suppress(Exception), _panics_raised():  # fallback: the parent, which checked it, has told
+            return Fast(encoding, vocabulary)
+    return reference_encoder(load_tokenizer(encoding))
 
 
 def reference_encoder(tokenizer: Tokenizer) -> Encoder:

@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -322,6 +323,9 @@ def _link(dataset: HubDataset, file: HubFile, name: str, say: Say) -> None:
             patience.wait_after(error)
 
 
+_LOGGER = threading.Lock()  # it is everybody's
+
+
 class _Retold(logging.Handler):
     """Hands what is logged to ``say``."""
 
@@ -337,11 +341,12 @@ class _Retold(logging.Handler):
 def _retelling(say: Say) -> Iterator[None]:
     """What the client logs is told by ``say``: its own lines would cut through the progress line."""
     logger = logging.getLogger("huggingface_hub")
-    before, logger.handlers = logger.handlers, [_Retold(say)]
-    try:
-        yield
-    finally:
-        logger.handlers = before
+    with _LOGGER:
+        before, logger.handlers = logger.handlers, [_Retold(say)]
+        try:
+            yield
+        finally:
+            logger.handlers = before
 
 
 # -- The cache, as huggingface_hub's guide "Understand caching" lays it out ------------------------

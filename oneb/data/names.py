@@ -93,15 +93,18 @@ def train_name(number: int) -> str:
 
 def named_folder(path: str) -> Path | None:
     """The folder of a named data set of ready shards that ``path`` leads to; None where it leads elsewhere."""
-    folder = Path(path).expanduser()
-    return folder if (folder / MANIFEST).is_file() else None
+    try:
+        folder = Path(path).expanduser()
+        return folder if (folder / MANIFEST).is_file() else None
+    except (OSError, RuntimeError):  # too long a name; another user's home that is not there
+        return None
 
 
 def manifest_files(folder: Path) -> list[tuple[str, int]]:
     """Name and tokens of each file that the manifest lists; none where there is no manifest, or a damaged one."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return [(file["name"], file["tokens"]) for file in files]
+        return [(str(file["name"]), int(file["tokens"])) for file in files]
     except (OSError, ValueError, TypeError, KeyError):
         return []
 

@@ -1,5 +1,5 @@
-"""The characters that Unicode 15, 15.1, 16 and 17 added: packages that split text into words by Unicode's properties
-know them from different releases on."""
+"""The characters that Unicode 15, 15.1, 16 and 17 added, and what combines of 10 to 14: packages that normalize text
+and split it into words by Unicode's properties know them from different releases on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,17 @@ _OTHERS = (
     (0x1FACD, 0x1FACF), (0x1FADA, 0x1FADC), (0x1FADF, 0x1FADF), (0x1FAE8, 0x1FAEA), (0x1FAEF, 0x1FAEF),
     (0x1FAF7, 0x1FAF8), (0x1FBCB, 0x1FBEF), (0x1FBFA, 0x1FBFA),
 )
-_CHANGED = ((0x1DF6, 0x1DF6),)  # its combining class, and so the order of marks where text is normalized
+# Of Unicode 10 to 14: what combines with another character, and so decides how text is normalized. The tokenizers
+# package (0.23) normalizes by Unicode 9: these are where it differs from unicodedata, and their letters.
+_COMBINING = (
+    (0x7FD, 0x7FD), (0x898, 0x89F), (0x8CA, 0x8D3), (0x9FE, 0x9FE), (0xC3C, 0xC3C), (0xD3B, 0xD3C), (0xEBA, 0xEBA),
+    (0x1715, 0x1715), (0x1ABF, 0x1ACE), (0x1DF6, 0x1DFA), (0xA82C, 0xA82C), (0x10D24, 0x10D27), (0x10EAB, 0x10EAC),
+    (0x10F46, 0x10F50), (0x10F82, 0x10F85), (0x11070, 0x11070), (0x1133B, 0x1133B), (0x1145E, 0x1145E),
+    (0x11839, 0x1183A), (0x11930, 0x11930), (0x11935, 0x11935), (0x11938, 0x11938), (0x1193D, 0x1193E),
+    (0x11943, 0x11943), (0x119E0, 0x119E0), (0x11A34, 0x11A34), (0x11A47, 0x11A47), (0x11A99, 0x11A99),
+    (0x11D42, 0x11D42), (0x11D44, 0x11D45), (0x11D97, 0x11D97), (0x16FF0, 0x16FF1), (0x1E130, 0x1E136),
+    (0x1E2AE, 0x1E2AE), (0x1E2EC, 0x1E2EF),
+)
 
 
 class Characters:
@@ -80,4 +90,4 @@ def _any_of(tails: dict[bytes, list[bytes]]) -> bytes:
 
 
 NEW_LETTERS = Characters(_LETTERS_NUMBERS_MARKS)
-NEW = Characters((*_LETTERS_NUMBERS_MARKS, *_OTHERS, *_CHANGED))
+NEW = Characters((*_LETTERS_NUMBERS_MARKS, *_OTHERS, *_COMBINING))

@@ -23,7 +23,7 @@ from oneb.data.journal import Journal, parts_folder
 from oneb.data.parts import Job
 from oneb.data.sidecar import Sidecar
 from oneb.data.sources import InputFile, Skipped, check_kinds
-from oneb.data.tokenizer import Tokenizer, load_tokenizer
+from oneb.data.tokenizer import TOKENIZERS, FileTokenizer, Tokenizer, load_tokenizer
 from oneb.data.units import UNIT_BYTES
 from oneb.data.workers import InProcess, Pool, disk_trouble
 from oneb.errors import OnebError
@@ -144,14 +144,20 @@ def _begin(workers: InProcess | Pool, files: Sequence[InputFile], tokenizer: Tok
     job = Job(journal.folder, tokenizer.name, None, tokenizer.eot, tokenizer.vocab_size, journal.dtype.name,
               text_column, len(files))
     encoder: Fast | None = None
-    if any(file.kind != "tokens" for file in files) and (
-            vocabulary := write_vocabulary(tokenizer, journal.folder)) is not None:
+    if all(file.kind == "tokens" for file in files):
+        vocabulary = None
+    elif (vocabulary := write_vocabulary(tokenizer, journal.folder)) is None and tokenizer.name not in TOKENIZERS:
+        say("warning: several words of this tokenizer have one id, or an added token has another than it says, so the "
+            "tokenizers package does its work, many times slower than gigatoken would")
+    if vocabulary is not None:
         workers.begin(replace(job, vocabulary=vocabulary))
         encoder, trouble = checked_fast(tokenizer, vocabulary)
         if encoder is None:
             say(f"warning: {trouble}")
         else:
             job = replace(job, vocabulary=vocabulary)
+            if isinstance(tokenizer, FileTokenizer):
+                tokenizer.forget()
     workers.begin(job, encoder)
     return job
 

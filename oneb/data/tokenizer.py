@@ -5,7 +5,7 @@ from __future__ import annotations
 import binascii
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from oneb.errors import OnebError
 
 if TYPE_CHECKING:
     import tiktoken
+    from tokenizers import Tokenizer as Backend
 
 # GPT-2's merges, where tiktoken finds and keeps them, and their SHA-256 (tiktoken_ext/openai_public.py).
 _MERGES_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
@@ -136,37 +137,64 @@ class FileTokenizer:
 
     def __init__(self, path: Path) -> None:
         try:
-            from tokenizers import Tokenizer as Backend
+            self._content = path.read_bytes()
+            definition = self._definition()
+            vocabulary = self._backend.get_vocab(with_added_tokens=True)
         except ImportError:
             raise OnebError(f"--tokenizer {path} needs the tokenizers package: "
                             "python3 -m pip install tokenizers") from None
-        try:
-            text = path.read_text(encoding="utf-8")
-            self._backend = Backend.from_str(text)
-        except Exception as error:  # the package raises bare Exceptions
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the package raises bare Exceptions; a panic in Rust is not even one
             raise OnebError(f"--tokenizer {path} cannot be read ({str(error)[:200]}); wanted gpt2, bytes or the path "
                             "of a Hugging Face tokenizer.json") from error
-        self._backend.encode_special_tokens = True
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._text = text
         self.name = str(path)
-        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.sha256 = hashlib.sha256(self._content).hexdigest()
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.eot = _end_of_text(path, vocabulary)
+        added = definition.get("added_tokens", ())
+        self._special = [token["content"] for token in added if token.get("special")]
+        self._ordinary = [token["content"] for token in added if not token.get("special")]
+        # The package passes over what contradicts itself; others may stop at it, or take it as it stands.
+        self.is_regular = (len(set(vocabulary.values())) == len(vocabulary)
+                           and all(vocabulary.get(token["content"]) == token["id"] for token in added))
 
-    @property
-    def added_tokens(self) -> list[str]:
-        """Tokens beside the model's own, the special ones among them."""
-        return [token["content"] for token in json.loads(self._text).get("added_tokens", ())]
+    def _definition(self) -> dict[str, Any]:
+        """What the file says, without what makes a text's tokens depend on chance or on its length."""
+        definition = json.loads(self._content.decode("utf-8-sig"))
+        definition |= {"truncation": None, "padding": None}
+        if "dropout" in definition["model"]:
+            definition["model"]["dropout"] = None
+        return definition
+
+    @cached_property
+    def _backend(self) -> Backend:
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_str(json.dumps(self._definition()))
+        backend.encode_special_tokens = True
+        return backend
+
+    def forget(self) -> None:
+        """Free what encoding takes, hundreds of MiB for a large vocabulary; it is there again when it is needed."""
+        self.__dict__.pop("_backend", None)
 
     @property
     def without_special_tokens(self) -> bytes:
         """A ``tokenizer.json`` that takes special tokens for text, as ``encode`` does."""
-        definition = json.loads(self._text)
+        definition = self._definition()
         added = [token for token in definition.get("added_tokens", ()) if not token.get("special")]
-        return json.dumps(definition | {"added_tokens": added, "truncation": None, "padding": None}).encode()
+        return json.dumps(definition | {"added_tokens": added}).encode()
+
+    def trial_texts(self) -> Iterator[str]:
+        """Texts that hold its added tokens, alone and where a special and an ordinary one overlap."""
+        for token in (*self._special, *self._ordinary):
+            yield f"a{token} b{token}{token}\n{token}c"
+        for special in self._special:
+            for token in self._ordinary:
+                for shared in range(1, len(token)):
+                    if special.endswith(token[:shared]):
+                        yield f"a{special}{token[shared:]} b"
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -187,8 +215,11 @@ def _end_of_text(path: Path, vocabulary: dict[str, int]) -> int:
     except (OSError, ValueError, AttributeError):
         beside = None
     named = beside.get("content") if isinstance(beside, dict) else beside
+    if isinstance(named, str) and named not in vocabulary:
+        raise OnebError(f"--tokenizer {path} has no token {named!r}, which tokenizer_config.json beside it calls "
+                        "eos_token; correct one of the two")
     for name in (named, *_END_NAMES):
-        if name in vocabulary:
+        if isinstance(name, str) and name in vocabulary:
             return vocabulary[name]
     raise OnebError(f"--tokenizer {path}: no token in it ends a document (looked for {', '.join(_END_NAMES)}). Put a "
                     'tokenizer_config.json beside it that says {"eos_token": "..."}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -100,14 +101,7 @@ def verify(path: Path, progress: Callable[[float], None] = lambda fraction: None
     if len(unsaid(sidecar)) == len(_COMPARED):
         raise OnebError(f"{path}.meta says nothing that could be compared with {path} (wanted {', '.join(_COMPARED)}): "
                         "copy the one that belongs to it")
-    with ThreadPoolExecutor(1) as thread:  # hashing lets go of Python's lock
-        digest = thread.submit(sha256_file, path) if sidecar.sha256 else None
-        try:
-            found = statistics(open_file(path, "auto"), sidecar.eot, progress)
-        finally:  # of a damaged file, that comes first
-            if digest is not None and digest.result() != sidecar.sha256:
-                raise OnebError(f"{path} does not have the SHA-256 that {path}.meta gives ({sidecar.sha256}): it was "
-                                "damaged or changed. Copy it again, or make it again with --force")
+    found = _read_and_hash(path, sidecar, progress)
     said = {"tokens": sidecar.tokens, "max_id": sidecar.max_id, "documents": sidecar.documents}
     held = {"tokens": found.tokens, "max_id": int(np.flatnonzero(found.counts)[-1]), "documents": len(found.lengths)}
     for name, value in said.items():
@@ -117,6 +111,27 @@ def verify(path: Path, progress: Callable[[float], None] = lambda fraction: None
     index = index_path(path)
     if index.exists():
         _check_index(path, np.load(index, mmap_mode="r"), found)
+    return found
+
+
+def _read_and_hash(path: Path, sidecar: Sidecar, progress: Callable[[float], None]) -> Statistics:
+    """The statistics of a file that has its sidecar's SHA-256."""
+    stopped, trouble, found = threading.Event(), None, None
+    with ThreadPoolExecutor(1) as thread:  # hashing lets go of Python's lock
+        digest = thread.submit(sha256_file, path, stopped.is_set) if sidecar.sha256 else None
+        try:
+            try:
+                found = statistics(open_file(path, "auto"), sidecar.eot, progress)
+            except OnebError as error:  # of a damaged file the hash tells more
+                trouble = error
+            if digest is not None and digest.result() != sidecar.sha256:
+                raise OnebError(f"{path} does not have the SHA-256 that {path}.meta gives ({sidecar.sha256}): it was "
+                                "damaged or changed. Copy it again, or make it again with --force")
+        finally:
+            stopped.set()
+    if found is None:
+        assert trouble is not None
+        raise trouble
     return found
 
 
@@ -133,6 +148,12 @@ def _check_index(path: Path, index: np.ndarray, found: Statistics) -> None:
         where = f"document {wrong[0]}" if len(wrong) else f"its length, {len(index)} for {len(expected)}"
         raise OnebError(f"{index_path(path)} does not fit {path}, first at {where}. Copy both again, or make them "
                         "again with --force")
+
+
+def fits(tokenizer: Tokenizer, sidecar: Sidecar | None, n_ids: int) -> bool:
+    """Whether ids below ``n_ids``, of a file with this sidecar, can be the tokenizer's."""
+    other = sidecar is not None and sidecar.tokenizer_sha256 not in (None, tokenizer.sha256)
+    return n_ids <= tokenizer.vocab_size and not other
 
 
 def samples(tokens: TokenFile, tokenizer: Tokenizer, n_samples: int, n_tokens: int,
