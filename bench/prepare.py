@@ -33,40 +33,34 @@ import numpy as np
 from prepare_inputs import make_shards, make_sources, make_texts, text_bytes, texts_of, train_tokenizer
 from runs import REPOSITORY, save
 
-LOOP = """
-import sys
-import numpy as np, pyarrow.parquet as pq, tiktoken
+# The plain loops; argv: folder of parquet files, output, tokens, tokenizer.json.
+GPT2 = """
+import tiktoken
 encoding = tiktoken.get_encoding("gpt2")
-ids = []
-written = 0
-out = np.lib.format.open_memmap(sys.argv[2], "w+", np.uint16, (int(sys.argv[3]),))
-for path in sorted(__import__("pathlib").Path(sys.argv[1]).glob("*.parquet")):
-    parquet = pq.ParquetFile(path)
-    for group in range(parquet.num_row_groups):
-        for text in parquet.read_row_group(group, columns=["text"])["text"].to_pylist():
-            ids += encoding.encode_ordinary(text)
-            ids.append(encoding.eot_token)
-        out[written:written + len(ids)] = ids
-        written += len(ids)
-        ids.clear()
-out.flush()
+eot = encoding.eot_token
+def encode(texts):
+    return map(encoding.encode_ordinary, texts)
 """
-LOOP_OF_FILE = """
-import sys
-import numpy as np, pyarrow.parquet as pq
+TOKENIZER_FILE = """
 from tokenizers import Tokenizer
 encoding = Tokenizer.from_file(sys.argv[4])
 encoding.encode_special_tokens = True
 eot = encoding.token_to_id("<|endoftext|>")
+def encode(texts):
+    return (encoded.ids for encoded in encoding.encode_batch_fast(texts, add_special_tokens=False))
+"""
+LOOP = """
+import sys
+import numpy as np, pyarrow.parquet as pq
+{encoder}
 ids = []
 written = 0
 out = np.lib.format.open_memmap(sys.argv[2], "w+", np.uint16, (int(sys.argv[3]),))
 for path in sorted(__import__("pathlib").Path(sys.argv[1]).glob("*.parquet")):
     parquet = pq.ParquetFile(path)
     for group in range(parquet.num_row_groups):
-        texts = parquet.read_row_group(group, columns=["text"])["text"].to_pylist()
-        for encoded in encoding.encode_batch_fast(texts, add_special_tokens=False):
-            ids += encoded.ids
+        for document in encode(parquet.read_row_group(group, columns=["text"])["text"].to_pylist()):
+            ids += document
             ids.append(eot)
         out[written:written + len(ids)] = ids
         written += len(ids)
@@ -171,7 +165,7 @@ def compare(name: str, folder: Path, work: Path, workers: list[int], rounds: int
         tokenizer: a tokenizer.json; None is GPT-2's.
     """
     options = ["--tokenizer", str(tokenizer)] if tokenizer else []
-    code, more = (LOOP_OF_FILE, [str(tokenizer)]) if tokenizer else (LOOP, [])
+    code = LOOP.format(encoder=TOKENIZER_FILE if tokenizer else GPT2)
     takes: dict[int, list[Took]] = {}  # by processes; the loop's are under 0
     hashes: dict[int, str] = {}
     output, n_tokens = work / "ours.npy", 0
@@ -184,7 +178,7 @@ def compare(name: str, folder: Path, work: Path, workers: list[int], rounds: int
             target = work / "loop.npy"
             target.unlink(missing_ok=True)
             takes.setdefault(0, []).append(
-                measure([sys.executable, "-c", code, str(folder), str(target), str(n_tokens), *more]))
+                measure([sys.executable, "-c", code, str(folder), str(target), str(n_tokens), str(tokenizer)]))
             hashes[0] = tokens_sha256(target)
     if len(set(hashes.values())) != 1:
         raise SystemExit(f"{name}: the tokens differ: {hashes}")

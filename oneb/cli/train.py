@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from oneb.cli.guard import reports_mistakes
@@ -15,6 +18,8 @@ from oneb.cli.rehearse import RESULT
 from oneb.config import Config
 from oneb.errors import OnebError
 from oneb.files import write_json
+
+_STOPPED = "stopped before the first step"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,21 +48,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _train(config, rehearsal, rehearsal_check)
     except KeyboardInterrupt:  # before the first step: there is nothing to save
-        print("\nstopped before the first step", file=sys.stderr)
+        print(f"\n{_STOPPED}", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """While libraries are loaded: a KeyboardInterrupt that is raised inside their C++ would abort the process."""
+    def end(signum: int, frame: object) -> None:
+        os.write(2, f"\n{_STOPPED}\n".encode())
+        os._exit(130)
+
+    # Elsewhere than in the main thread, or where it is ignored, nothing is raised.
+    raised = (threading.current_thread() is threading.main_thread()
+              and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    if raised:
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        if raised:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _train(config: Config, rehearsal: Path | None, rehearsal_check: Path | None) -> int:
     try:
-        import torch
+        with _ended_by_ctrl_c():
+            import torch
     except ImportError:
         raise OnebError(f"{sys.executable} has no PyTorch; `bash quickstart.sh` sets everything up, or install the "
                         "build for your machine") from None
     try:
         if folder := rehearsal or rehearsal_check:
             return _rehearse(config, folder, is_check=rehearsal is None)
-        from oneb.train.run import train
-
+        with _ended_by_ctrl_c():
+            from oneb.train.run import train
         return train(config)
     except torch.OutOfMemoryError as error:  # a step that runs out of memory is made smaller by the trainer
         raise OnebError(

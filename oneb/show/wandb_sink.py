@@ -114,7 +114,8 @@ class WandbSink:
         except Exception as error:  # fallback: no network, no login, or a client that cannot run
             self.warnings.append(f"W&B is not online ({_first_line(error)}); logging offline. After `wandb login`, "
                                  f"upload with: wandb sync {run_dir}/wandb/offline-run-*")
-            _teardown()  # else the client still holds the run's id for the attempt that failed
+            # Else the client still holds the run's id for the attempt that failed. Its process may try again for hours.
+            _done_within(_TEARDOWN_S, _teardown)
             try:
                 run = wandb.init(**options, mode="offline", settings=_settings(wandb))
             except wandb.errors.UsageError as second:
