@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneb.cli import prepare_line
+from oneb.cli import progress_line
 from oneb.cli.main import main as oneb
 from oneb.cli.prepare import main as prepare
 from oneb.data import verify
@@ -90,7 +90,7 @@ def test_verify(made, capsys):
 
 
 def test_reading_a_long_file_shows_progress(made, capsys, monkeypatch):
-    monkeypatch.setattr(prepare_line, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress_line, "_LINE_SECONDS", 0.0)
     monkeypatch.setattr(verify, "_CHUNK_TOKENS", 500)
     for command in (lambda: prepare(["--verify", str(made)]), lambda: oneb(["data", "show", str(made)])):
         capsys.readouterr()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from oneb.cli.guard import reports_mistakes
 from oneb.cli.options import OptionParser
-from oneb.cli.prepare_line import ProgressLine
+from oneb.cli.progress_line import ProgressLine
 from oneb.config import DATA_FORMATS
 from oneb.errors import OnebError
 from oneb.units import format_count

@@ -193,11 +193,15 @@ def _encoded_otherwise(fast: Encoder, reference: Encoder, texts: Iterable[str]) 
 
 
 def make_encoder(encoding: str, vocabulary: Path | None) -> Encoder:
-    """The encoder of a tokenizer's name, by gigatoken if there is a ``vocabulary`` for it."""
-    if vocabulary is not None:
-        with contextlib.suppress(Exception), _panics_raised():  # fallback: the parent, which checked it, has told
-            return Fast(encoding, vocabulary)
-    return reference_encoder(load_tokenizer(encoding))
+    """The encoder of a tokenizer's name, by gigatoken if there is a ``vocabulary`` for it.
+
+    Raises:
+        RuntimeError: gigatoken does not load it, though it did where it was checked.
+    """
+    if vocabulary is None:
+        return reference_encoder(load_tokenizer(encoding))
+    with _panics_raised():
+        return Fast(encoding, vocabulary)
 
 
 def reference_encoder(tokenizer: Tokenizer) -> Encoder:

@@ -139,7 +139,8 @@ class FileTokenizer:
         try:
             self._content = path.read_bytes()
             definition = self._definition()
-            vocabulary = self._backend.get_vocab(with_added_tokens=True)
+            self._loaded: Backend | None = _load(definition)
+            vocabulary = self._loaded.get_vocab(with_added_tokens=True)
         except ImportError:
             raise OnebError(f"--tokenizer {path} needs the tokenizers package: "
                             "python3 -m pip install tokenizers") from None
@@ -167,17 +168,15 @@ class FileTokenizer:
             definition["model"]["dropout"] = None
         return definition
 
-    @cached_property
+    @property
     def _backend(self) -> Backend:
-        from tokenizers import Tokenizer as Backend
-
-        backend = Backend.from_str(json.dumps(self._definition()))
-        backend.encode_special_tokens = True
-        return backend
+        if self._loaded is None:
+            self._loaded = _load(self._definition())
+        return self._loaded
 
     def forget(self) -> None:
         """Free what encoding takes, hundreds of MiB for a large vocabulary; it is there again when it is needed."""
-        self.__dict__.pop("_backend", None)
+        self._loaded = None
 
     @property
     def without_special_tokens(self) -> bytes:
@@ -201,6 +200,14 @@ class FileTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
+
+
+def _load(definition: dict[str, Any]) -> Backend:
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(json.dumps(definition))
+    backend.encode_special_tokens = True
+    return backend
 
 
 # What models call the token that ends a document, most telling first.
